@@ -1,0 +1,120 @@
+"""Atomic writes: a reader finds the old content or the new one, never half of either."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lorikeet.errors import StorageError
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write below `path` into a `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        reason = error.strerror or str(error)
+        advice = "free some space" if error.errno in _DISK_FULL else "check the folder"
+        raise StorageError(
+            f"cannot write {path}: {reason}; {advice} and run the same command again"
+            " (nothing that was there before is lost)"
+        ) from error
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` that replaces it when the block ends well.
+
+    The files are flushed to disk before the rename. On an error the temporary folder is removed
+    and `path` stays as it was.
+
+    Raises:
+        StorageError: the disk refused a write.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    try:
+        with disk_errors(path):
+            yield draft
+            for file in draft.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            _sync(draft)
+            draft.chmod(0o755)
+            _replace_folder(draft, path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _replace_folder(draft: Path, path: Path) -> None:
+    """Rename `draft` to `path`; an old folder is moved aside first and removed last."""
+    if not path.exists():
+        draft.rename(path)
+    else:
+        old = draft.with_suffix(".old")
+        path.rename(old)
+        draft.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, making its folder where needed.
+
+    Raises:
+        StorageError: the disk refused the write.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.part")
+        try:
+            draft.write_text(text, encoding="utf-8")
+            _sync(draft)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove what an interrupted `atomic_folder` or `write_text` left in `folder`.
+
+    A kill between the two renames of a replacement leaves the old content under `.old`: it is put
+    back first when nothing stands in its place.
+    """
+    for old in folder.glob(".*.old"):
+        target = folder / old.name[1:].rsplit(".", 2)[0]
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(target)
+    for draft in folder.glob(".*.part"):
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)

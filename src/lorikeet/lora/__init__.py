@@ -1,0 +1,36 @@
+"""LoRA: the layers, which modules they wrap, and how they get into a model."""
+
+from __future__ import annotations
+
+from lorikeet.lora.inject import (
+    attach,
+    disabled,
+    inject,
+    lora_layers,
+    lora_parameters,
+    remove,
+    require_plain,
+)
+from lorikeet.lora.layer import LoraEmbedding, LoraLayer, LoraLinear
+from lorikeet.lora.report import ParameterReport, parameter_report
+from lorikeet.lora.targets import Match, Target, base_modules, find_targets, match_targets
+
+__all__ = [
+    "LoraEmbedding",
+    "LoraLayer",
+    "LoraLinear",
+    "Match",
+    "ParameterReport",
+    "Target",
+    "attach",
+    "base_modules",
+    "disabled",
+    "find_targets",
+    "inject",
+    "lora_layers",
+    "lora_parameters",
+    "match_targets",
+    "parameter_report",
+    "remove",
+    "require_plain",
+]

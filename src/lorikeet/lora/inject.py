@@ -1,0 +1,114 @@
+"""Adapters into a model and out of it: the model is changed in place, its weights never."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lorikeet.config import LoraConfig
+from lorikeet.errors import AdapterError
+from lorikeet.lora.layer import LoraEmbedding, LoraLayer, LoraLinear
+from lorikeet.lora.targets import Target, find_targets
+
+
+def inject(model: nn.Module, config: LoraConfig, *, seed: int) -> list[Target]:
+    """Freeze `model`, wrap the modules that `config` names and draw fresh adapters.
+
+    A fresh adapter changes nothing: B is zero. What A becomes depends on the seed and the
+    module's name alone, not on the other targets, the device, the dtype or the global generators.
+
+    Raises:
+        AdapterError: the model carries adapters already, or the configuration does not fit it.
+    """
+    require_plain(model)
+    targets = find_targets(model, config)
+    layers = attach(model, targets, dropout=config.dropout)
+    for name, layer in layers.items():
+        layer.reset(layer_generator(seed, name), config.init)
+    return targets
+
+
+def attach(model: nn.Module, targets: Sequence[Target], *, dropout: float) -> dict[str, LoraLayer]:
+    """Freeze `model` and wrap `targets`, with A and B zero; return the new layers by name."""
+    require_plain(model)
+    model.requires_grad_(False)
+    layers: dict[str, LoraLayer] = {}
+    for target in targets:
+        base = model.get_submodule(target.name)
+        layer: LoraLayer
+        if isinstance(base, nn.Embedding):
+            layer = LoraEmbedding(base, r=target.r, scale=target.scale)
+        elif isinstance(base, nn.Linear):
+            layer = LoraLinear(base, r=target.r, scale=target.scale, dropout=dropout)
+        else:
+            raise TypeError(f"{target.name} is a {type(base).__name__}")
+        _replace(model, target.name, layer)
+        layers[target.name] = layer
+    return layers
+
+
+def layer_generator(seed: int, name: str) -> torch.Generator:
+    """The CPU generator of one module's adapter, a function of the run's seed and the name."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The adapted layers by the name of the module that each wraps, in the model's order."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLinear | LoraEmbedding)
+    }
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The masters by name: `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r]."""
+    parameters: dict[str, nn.Parameter] = {}
+    for name, layer in lora_layers(model).items():
+        parameters[f"{name}.lora_A"] = layer.lora_A
+        parameters[f"{name}.lora_B"] = layer.lora_B
+    return parameters
+
+
+def remove(model: nn.Module) -> None:
+    """Put the base modules back, the very objects; the model's parameters stay frozen."""
+    for name, layer in lora_layers(model).items():
+        _replace(model, name, layer.base)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within the block the adapters contribute nothing: outputs are the base's, bit for bit."""
+    layers = list(lora_layers(model).values())
+    before = [layer.enabled for layer in layers]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+def require_plain(model: nn.Module) -> None:
+    """Check that the model carries no adapter yet.
+
+    Raises:
+        AdapterError: it does.
+    """
+    layers = lora_layers(model)
+    if layers:
+        raise AdapterError(
+            f"the model already carries {len(layers)} LoRA layers (the first at"
+            f" {next(iter(layers))}); remove them first"
+        )
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,46 @@
+"""How many parameters a model has and how many of them are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorikeet.lora.inject import lora_layers, lora_parameters
+from lorikeet.lora.targets import leaf_name
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterReport:
+    """Parameter counts.
+
+    Attributes:
+        base: parameters of the model without adapters; tied weights count once.
+        trainable: parameters that receive gradients.
+        by_target: the adapters' parameters by the last part of the module name (`q_proj`, ...).
+    """
+
+    base: int
+    trainable: int
+    by_target: dict[str, int]
+
+    @property
+    def percent(self) -> float:
+        """Trainable parameters in per cent of the base model's."""
+        return 100.0 * self.trainable / self.base
+
+
+def parameter_report(model: nn.Module) -> ParameterReport:
+    """Count the parameters of a model, with or without adapters; works on the meta device."""
+    adapters = {id(p) for p in lora_parameters(model).values()}
+    unique = list(model.parameters())
+    by_target: dict[str, int] = {}
+    for name, layer in lora_layers(model).items():
+        leaf = leaf_name(name)
+        size = layer.lora_A.numel() + layer.lora_B.numel()
+        by_target[leaf] = by_target.get(leaf, 0) + size
+    return ParameterReport(
+        base=sum(p.numel() for p in unique if id(p) not in adapters),
+        trainable=sum(p.numel() for p in unique if p.requires_grad),
+        by_target=by_target,
+    )

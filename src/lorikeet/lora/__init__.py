@@ -13,7 +13,7 @@ from lorikeet.lora.inject import (
 )
 from lorikeet.lora.layer import LoraEmbedding, LoraLayer, LoraLinear
 from lorikeet.lora.report import ParameterReport, parameter_report
-from lorikeet.lora.targets import Match, Target, base_modules, find_targets, match_targets
+from lorikeet.lora.targets import Match, Target, find_targets, inventory, match_targets
 
 __all__ = [
     "LoraEmbedding",
@@ -23,10 +23,10 @@ __all__ = [
     "ParameterReport",
     "Target",
     "attach",
-    "base_modules",
     "disabled",
     "find_targets",
     "inject",
+    "inventory",
     "lora_layers",
     "lora_parameters",
     "match_targets",

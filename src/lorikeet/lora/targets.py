@@ -47,15 +47,17 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What a configuration selects in a model, and every part of it that selects nothing.
+    """What a configuration selects in a model.
 
     Attributes:
-        targets: in the model's order.
-        problems: one line each; empty when every entry of the configuration did something.
+        targets: in the model's order; empty if the configuration is broken.
+        broken: what cannot be done at all: broken patterns, modules of an unsupported class.
+        unused: entries of the configuration that select nothing.
     """
 
     targets: tuple[Target, ...]
-    problems: tuple[str, ...]
+    broken: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
@@ -72,31 +74,37 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
             module is neither an `nn.Linear` nor an `nn.Embedding`; lists every such finding.
     """
     match = match_targets(model, config)
-    if match.problems:
+    if match.broken or match.unused:
         raise AdapterError(
-            f"the adapter does not fit the model, which has {_inventory(model)}", match.problems
+            f"the adapter does not fit the model, which has {inventory(model)}:",
+            [*match.broken, *match.unused],
         )
     return list(match.targets)
 
 
 def match_targets(model: nn.Module, config: LoraConfig) -> Match:
     """As `find_targets`, but return the findings instead of raising them."""
-    problems = _pattern_problems(config)
-    if problems:
-        return Match((), tuple(problems))
+    unreadable = list(_unreadable_patterns(config))
+    if unreadable:
+        return Match((), broken=(*unreadable, *_out_of_bounds(config)))
     modules = dict(base_modules(model))
     selected = _selected(model, modules, config)
-    kinds = {name: _kind(modules[name]) for name in selected}
-    problems = [
+    kinds = {name: layer_kind(modules[name]) for name in selected}
+    broken = (
+        *_out_of_bounds(config),
+        *_class_problems({n: modules[n] for n, kind in kinds.items() if kind is None}),
+    )
+    unused = (
         *_target_problems(config, selected, modules),
         *_exclude_problems(config, modules),
         *_layer_problems(config, selected),
         *_key_problems("rank_pattern", config.rank_pattern, selected),
         *_key_problems("alpha_pattern", config.alpha_pattern, selected),
-        *_class_problems({n: modules[n] for n, kind in kinds.items() if kind is None}),
-    ]
+    )
+    if broken:
+        return Match((), broken, unused)
     targets = (_target(name, kind, config) for name, kind in kinds.items() if kind is not None)
-    return Match(tuple(targets), tuple(problems))
+    return Match(tuple(targets), unused=unused)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -163,7 +171,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return head.base if isinstance(head, LoraLinear) else head
 
 
-def _kind(module: nn.Module) -> Kind | None:
+def layer_kind(module: nn.Module) -> Kind | None:
     """What a module can be wrapped as; a subclass that computes something else is not taken."""
     forward = type(module).forward
     if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
@@ -181,31 +189,28 @@ def _target(name: str, kind: Kind, config: LoraConfig) -> Target:
     return Target(name, kind, r, alpha, alpha / math.sqrt(r) if config.rslora else alpha / r)
 
 
-def _pattern_problems(config: LoraConfig) -> list[str]:
-    """Regular expressions that do not compile, ranks and alphas out of bounds."""
-    patterns = [
-        *(("rank_pattern", key) for key in config.rank_pattern),
-        *(("alpha_pattern", key) for key in config.alpha_pattern),
-    ]
-    for field, selector in (
-        ("target_modules", config.target_modules),
-        ("exclude_modules", config.exclude_modules),
-    ):
-        if isinstance(selector, str) and selector != "all-linear":
-            patterns.append((field, selector))
-    problems = []
+def _unreadable_patterns(config: LoraConfig) -> Iterator[str]:
+    """Regular expressions that do not compile."""
+    patterns = [("rank_pattern", key) for key in config.rank_pattern]
+    patterns += [("alpha_pattern", key) for key in config.alpha_pattern]
+    if isinstance(config.target_modules, str):
+        patterns.append(("target_modules", config.target_modules))
+    if isinstance(config.exclude_modules, str):
+        patterns.append(("exclude_modules", config.exclude_modules))
     for field, pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
-            problems.append(f"{field}: {pattern!r} is not a regular expression: {error}")
+            yield f"{field}: {pattern!r} is not a regular expression: {error}"
+
+
+def _out_of_bounds(config: LoraConfig) -> Iterator[str]:
     for key, r in config.rank_pattern.items():
         if r < 1:
-            problems.append(f"rank_pattern: {key} = {r}; a rank is at least 1")
+            yield f"rank_pattern: {key} = {r}; a rank is at least 1"
     for key, alpha in config.alpha_pattern.items():
         if not alpha > 0:
-            problems.append(f"alpha_pattern: {key} = {alpha:g}; an alpha is above 0")
-    return problems
+            yield f"alpha_pattern: {key} = {alpha:g}; an alpha is above 0"
 
 
 def _target_problems(
@@ -229,7 +234,7 @@ def _target_problems(
 
 
 def _exclude_problems(config: LoraConfig, modules: dict[str, nn.Module]) -> Iterator[str]:
-    layers = [name for name, module in modules.items() if _kind(module)]
+    layers = [name for name, module in modules.items() if layer_kind(module)]
     selector = config.exclude_modules or []
     for entry in [selector] if isinstance(selector, str) else selector:
         if not any(_matches(entry if entry is selector else [entry], name) for name in layers):
@@ -270,11 +275,11 @@ def _suggestion(entry: str, names: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def _inventory(model: nn.Module) -> str:
+def inventory(model: nn.Module) -> str:
     """The leaf names that can be adapted: `q_proj, k_proj linear; embed_tokens embedding`."""
     leaves: dict[Kind, dict[str, None]] = {"linear": {}, "embedding": {}}
     for name, module in base_modules(model):
-        kind = _kind(module)
+        kind = layer_kind(module)
         if kind is not None:
             leaves[kind][leaf_name(name)] = None
     parts = [f"{', '.join(found)} ({kind})" for kind, found in leaves.items() if found]

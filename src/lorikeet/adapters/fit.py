@@ -1,0 +1,83 @@
+"""Whether the tensors of an adapter file are exactly those that a model's targets need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from lorikeet.lora import Target
+
+_PREFIX = "base_model.model."
+_SHOWN = 8  # names per kind of finding; the rest is counted
+
+
+def tensor_names(name: str, *, embedding: bool) -> tuple[str, str]:
+    """The names of A and B in the file for the module `name`, as PEFT writes them."""
+    if embedding:
+        return f"{_PREFIX}{name}.lora_embedding_A", f"{_PREFIX}{name}.lora_embedding_B"
+    return f"{_PREFIX}{name}.lora_A.weight", f"{_PREFIX}{name}.lora_B.weight"
+
+
+def misfits(
+    model: nn.Module, targets: Sequence[Target], tensors: Mapping[str, torch.Tensor]
+) -> list[str]:
+    """Describe every way in which `tensors` differ from what `targets` need; empty if none.
+
+    Copies of the base model's own weights are allowed in the file if they are equal to them.
+    """
+    expected = _expected_shapes(model, targets)
+    shared = [key for key in expected if key in tensors]
+    others = [key for key in tensors if key not in expected]
+    own = _own_weights(model)
+    findings = {
+        "missing": [key for key in expected if key not in tensors],
+        "unexpected": [key for key in others if key not in own],
+        "misshapen": [
+            f"{key} is {list(tensors[key].shape)}, needed is {list(expected[key])}"
+            for key in shared
+            if tuple(tensors[key].shape) != expected[key]
+        ],
+        "not floating-point": [k for k in shared if not tensors[k].is_floating_point()],
+        "not finite": [k for k in shared if not tensors[k].isfinite().all()],
+        "base weights that differ from the model's (resized or retrained?)": [
+            key for key in others if key in own and not _is_copy(tensors[key], own[key])
+        ],
+    }
+    return [listing(what, names) for what, names in findings.items() if names]
+
+
+def listing(what: str, names: Sequence[str]) -> str:
+    """One line: what is wrong, with how many tensors, and the first of their names."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{what} ({len(names)}): {', '.join(names[:_SHOWN])}{more}"
+
+
+def _expected_shapes(model: nn.Module, targets: Sequence[Target]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for target in targets:
+        weight = model.get_parameter(f"{target.name}.weight")
+        embedding = target.kind == "embedding"
+        fan_in, fan_out = weight.shape if embedding else weight.shape[::-1]
+        name_a, name_b = tensor_names(target.name, embedding=embedding)
+        shapes[name_a], shapes[name_b] = (target.r, fan_in), (fan_out, target.r)
+    return shapes
+
+
+def _own_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's weights under the names that PEFT saves them by, adapted or not."""
+    weights: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        module, _, leaf = name.rpartition(".")
+        weights[f"{_PREFIX}{name}"] = parameter.detach()
+        weights[f"{_PREFIX}{module}.base_layer.{leaf}"] = parameter.detach()
+    return weights
+
+
+def _is_copy(saved: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether a saved base weight is the model's, in the coarser of the two dtypes."""
+    if saved.shape != own.shape:
+        return False
+    own = own.cpu()
+    return torch.equal(own.to(saved.dtype), saved) or torch.equal(saved.to(own.dtype), own)

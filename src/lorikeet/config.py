@@ -57,6 +57,18 @@ def _targets(value: object) -> object:
     return parts
 
 
+def _share_or_file(value: object) -> object:
+    """A flag's `0.2` is a share; anything that is not a number is a file."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    if isinstance(value, (int, float)) and not 0 <= value < 1:
+        raise ValueError("expected a share from 0 up to (not including) 1, or a file")
+    return value
+
+
 def _is_name_list(value: str) -> bool:
     return all(c.isalnum() or c in "_,. " for c in value)
 
@@ -84,7 +96,9 @@ class ModelConfig(_Section):
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores if not given")
-    trust_remote_code: bool = Field(False, description="run Python code that the model repository ships")
+    trust_remote_code: bool = Field(
+        False, description="run Python code that the model repository ships"
+    )
 
 
 class LoraConfig(_Section):
@@ -94,12 +108,9 @@ class LoraConfig(_Section):
     alpha: float = Field(
         16.0,
         gt=0,
-        alias="lora_alpha",
         description="the update is scaled by alpha / r (alpha / sqrt(r) with rslora)",
     )
-    dropout: float = Field(
-        0.0, ge=0, lt=1, alias="lora_dropout", description="dropout on the adapter's input"
-    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     target_modules: Targets = Field(
         "all-linear",
         description="module names (a,b), a regular expression matched against full names, or"
@@ -108,18 +119,14 @@ class LoraConfig(_Section):
     exclude_modules: Targets | None = Field(
         None, description="names or a regular expression that are never targets"
     )
-    layers: Layers | None = Field(
-        None, alias="layers_to_transform", description="block numbers to adapt: 0,3 or 2-5"
-    )
+    layers: Layers | None = Field(None, description="block numbers to adapt: 0,3 or 2-5")
     rank_pattern: IntMap = Field(
         default_factory=dict, description="rank per module: name or regular expression = rank"
     )
     alpha_pattern: FloatMap = Field(
         default_factory=dict, description="alpha per module: name or regular expression = alpha"
     )
-    rslora: bool = Field(
-        False, alias="use_rslora", description="rank-stabilised scaling, alpha / sqrt(r)"
-    )
+    rslora: bool = Field(False, description="rank-stabilised scaling, alpha / sqrt(r)")
     init: Literal["kaiming", "gaussian"] = Field(
         "kaiming", description="how A starts: kaiming as PEFT, or gaussian; B starts at zero"
     )
@@ -134,13 +141,13 @@ class DataConfig(_Section):
     max_length: int = Field(512, ge=8, description="longest example, in tokens")
     template: str = Field(
         "auto",
-        description="auto, chat (the tokenizer's own), instruction-response, alpaca, or a Jinja file",
+        description="auto, chat (the tokenizer's), instruction-response, alpaca, or a Jinja file",
     )
     supervise: Literal["all", "last", "everything"] = Field(
         "all",
         description="which tokens count: all completions, the last completion, or everything",
     )
-    validation: float | str = Field(
+    validation: Annotated[float | str, BeforeValidator(_share_or_file)] = Field(
         0.1, description="share of rows held out (0 for none), or a file of its own"
     )
 
@@ -184,3 +191,180 @@ class RunConfig(_Section):
     data: DataConfig = Field(default_factory=DataConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     out: str | None = Field(None, description="run folder")
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        if self.train.patience is not None and self.train.eval_every is None:
+            raise ValueError(
+                "train.patience needs train.eval_every: without evaluations nothing stops"
+            )
+        if self.train.patience is not None and self.data.validation == 0:
+            raise ValueError("train.patience needs validation rows: data.validation is 0")
+        return self
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate, with the default of the method filled in."""
+        return self.train.learning_rate or {"lora": 2e-4, "full": 2e-5}[self.train.method]
+
+    def require(self, *names: str) -> None:
+        """Raise if one of these options (`model.path`, ...) was not given."""
+        missing = [name for name in names if not _get(self, name)]
+        if missing:
+            raise ConfigError(
+                "these options are needed:",
+                [f"{name} (--{SHORT_FOR.get(name, name)})" for name in missing],
+            )
+
+    def to_yaml(self) -> str:
+        """The complete configuration as YAML, with the options' own names."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+SHORT_FOR = {
+    "model.path": "model",
+    "data.path": "data",
+    "train.method": "method",
+    "train.seed": "seed",
+    "out": "out",
+}
+"""Options with a short flag: `--model M` is `--model.path M`."""
+
+ALIASES = {
+    "lora.lora_alpha": "lora.alpha",
+    "lora.lora_dropout": "lora.dropout",
+    "lora.use_rslora": "lora.rslora",
+    "lora.layers_to_transform": "lora.layers",
+    "train.lr": "train.learning_rate",
+}
+"""Names of other tools (PEFT's above all) that are accepted in place of ours."""
+
+
+def options() -> Iterator[tuple[str, FieldInfo]]:
+    """Every option as (`section.key`, its declaration), in the order of declaration."""
+    for section, field in RunConfig.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, _Section):
+            for key, option in annotation.model_fields.items():
+                yield f"{section}.{key}", option
+        else:
+            yield section, field
+
+
+def load_config(
+    file: str | Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """Read a run file and lay flags over it.
+
+    Args:
+        file: YAML file with the sections of `RunConfig`, or None.
+        overrides: dotted option name (`lora.r`) to value; a string is read as the flag's text.
+
+    Raises:
+        ConfigError: the file cannot be read, or options are unknown or out of bounds; every
+            problem is listed.
+    """
+    tree = _read_yaml(Path(file)) if file is not None else {}
+    for name, value in (overrides or {}).items():
+        _put(tree, name, value)
+    problems = _normalise(tree)
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problems += [_describe(item) for item in error.errors()]
+        config = RunConfig()
+    if problems:
+        where = (
+            f"in {file} and the flags" if file is not None and overrides else file or "the flags"
+        )
+        raise ConfigError(f"the options in {where} do not hold:".replace("in in", "in"), problems)
+    return config
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no run file {file}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the run file {file}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not valid YAML: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{file} must hold sections (model:, data:, ...), found a {type(tree).__name__}"
+        )
+    return tree
+
+
+def _put(tree: dict[str, Any], name: str, value: Any) -> None:
+    section, _, key = name.partition(".")
+    if not key:
+        tree[section] = value
+    elif isinstance(tree.setdefault(section, {}), dict):
+        tree[section][key] = value
+
+
+def _get(config: RunConfig, name: str) -> Any:
+    section, _, key = name.partition(".")
+    value = getattr(config, section)
+    return getattr(value, key) if key else value
+
+
+def _normalise(tree: dict[str, Any]) -> list[str]:
+    """Rename aliases in place; take unknown keys out and return a problem for each."""
+    known = {name for name, _ in options()}
+    problems = []
+    for section in list(tree):
+        if section in known:
+            continue
+        if not any(name.startswith(f"{section}.") for name in known):
+            problems.append(_unknown(str(section), known | _sections()))
+            del tree[section]
+        elif tree[section] is None:
+            tree[section] = {}
+        elif isinstance(tree[section], dict):
+            problems += _normalise_section(section, tree[section], known)
+    return problems
+
+
+def _normalise_section(section: str, values: dict[str, Any], known: set[str]) -> list[str]:
+    problems = []
+    for key in list(values):
+        name = f"{section}.{key}"
+        if name in ALIASES:
+            own = ALIASES[name].split(".")[1]
+            if own in values:
+                problems.append(f"{name} and {ALIASES[name]} are the same option: give one of them")
+                del values[key]
+            else:
+                values[own] = values.pop(key)
+        elif name not in known:
+            problems.append(_unknown(name, known | set(ALIASES)))
+            del values[key]
+    return problems
+
+
+def _sections() -> set[str]:
+    return {name.split(".")[0] for name, _ in options()}
+
+
+def _unknown(name: str, known: set[str]) -> str:
+    return f"unknown option {name}{suggest(name, known)}"
+
+
+def suggest(name: str, known: set[str]) -> str:
+    """`; did you mean X?` for the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    if not near:  # the right key under the wrong section
+        near = [option for option in sorted(known) if option.split(".")[-1] == name.split(".")[-1]]
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _describe(item: Any) -> str:
+    name = ".".join(str(part) for part in item["loc"] if part not in ("str", "float", "list[str]"))
+    found = item.get("input")
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{name}: {message} (found {found!r})" if name else message

@@ -1,14 +1,14 @@
 """The exception tree. A message says what was found, what was expected and what to do.
 
-    LorikeetError                 exit code 1 if nothing more precise fits
-    ├── InputError (ValueError)   exit code 2: something the user gave or asked for
-    │   ├── ConfigError           an option, a flag, a run.yaml
-    │   ├── DataError             a data file, its columns, its rows
-    │   ├── ModelError            a model folder, its weights, its tokenizer
-    │   ├── AdapterError          an adapter folder, its tensors, its targets
-    │   ├── TrainingError         a run that cannot go on: nothing to learn, a non-finite loss
-    │   └── StorageError (OSError) the disk refused a write
-    └── CheckFailed               exit code 3: a check that the user asked for did not hold
+LorikeetError                 exit code 1 if nothing more precise fits
+├── InputError (ValueError)   exit code 2: something the user gave or asked for
+│   ├── ConfigError           an option, a flag, a run.yaml
+│   ├── DataError             a data file, its columns, its rows
+│   ├── ModelError            a model folder, its weights, its tokenizer
+│   ├── AdapterError          an adapter folder, its tensors, its targets
+│   ├── TrainingError         a run that cannot go on: nothing to learn, a non-finite loss
+│   └── StorageError (OSError) the disk refused a write
+└── CheckFailed               exit code 3: a check that the user asked for did not hold
 """
 
 from __future__ import annotations

@@ -1,0 +1,5 @@
+"""Evaluation: one token-exact number with its uncertainty, and samples side by side."""
+
+from lorikeet.evaluate.score import Difference, Score, evaluate, paired_difference, ratio_stderr
+
+__all__ = ["Difference", "Score", "evaluate", "paired_difference", "ratio_stderr"]

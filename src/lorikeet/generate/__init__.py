@@ -1,0 +1,5 @@
+"""Generation: prefill and decode, in batches."""
+
+from lorikeet.generate.decode import generate
+
+__all__ = ["generate"]

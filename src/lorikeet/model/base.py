@@ -1,0 +1,223 @@
+"""Load a base model and its tokenizer from a folder or the hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from lorikeet.errors import ModelError
+from lorikeet.model.attention import IMPLEMENTATION
+from lorikeet.model.fingerprint import fingerprint
+from lorikeet.model.machine import DTYPES, Machine, choose
+from lorikeet.model.packing import can_pack
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+@dataclass
+class Base:
+    """A loaded base model and what belongs to it.
+
+    Attributes:
+        model: the causal language model, in eval mode, on `machine.device`.
+        tokenizer: its tokenizer.
+        path: the folder or hub id it came from.
+        machine: device and dtype it runs with.
+        fingerprint: identifies the weights, whatever their dtype.
+        packing: whether several documents may share a row (probed at load).
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    path: str
+    machine: Machine
+    fingerprint: str
+    packing: bool
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Base:
+    """Load a base model with its weights.
+
+    Nothing is fetched over the network unless `path` is a hub id with no folder of that name.
+
+    Args:
+        path: a Hugging Face model folder, or a hub id (`HuggingFaceTB/SmolLM2-135M-Instruct`).
+        dtype: auto, bf16, fp32 or fp16.
+        device: auto, cpu, cuda or cuda:N.
+        threads: CPU threads; torch's own choice if None.
+        revision: branch, tag or commit of a hub repository.
+        trust_remote_code: run Python code that the repository ships.
+
+    Raises:
+        ModelError: no such folder, no weights, weights that do not fit, no tokenizer.
+        ConfigError: the device or dtype is not to be had here.
+    """
+    source = str(path)
+    machine = choose(device=device, dtype=dtype, threads=threads)
+    local = _is_local(source)
+    if local:
+        _check_weights(Path(source))
+    options = {
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": local,
+    }
+    tokenizer = _load_tokenizer(source, options)
+    model, report = _call(
+        AutoModelForCausalLM.from_pretrained,
+        source,
+        dtype=machine.dtype,
+        attn_implementation=IMPLEMENTATION,
+        output_loading_info=True,
+        **options,
+    )
+    _check_loading(source, report)
+    return _ready(model, tokenizer, source, machine)
+
+
+def load_tokenizer(
+    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Load a model's tokenizer without its weights.
+
+    Raises:
+        ModelError: there is no such folder, or it holds no tokenizer.
+    """
+    source = str(path)
+    return _load_tokenizer(
+        source,
+        {
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+            "local_files_only": _is_local(source),
+        },
+    )
+
+
+def init_model(folder: str | Path, *, seed: int, dtype: str = "fp32", device: str = "auto") -> Base:
+    """Make a model with seeded random weights from a folder's `config.json` and tokenizer."""
+    source = str(folder)
+    machine = choose(device=device, dtype=dtype)
+    options = {"local_files_only": _is_local(source)}
+    tokenizer = _load_tokenizer(source, options)
+    config = _call(AutoConfig.from_pretrained, source, **options)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=machine.dtype, attn_implementation=IMPLEMENTATION
+        )
+    return _ready(model, tokenizer, source, machine)
+
+
+def empty_model(
+    path: str | Path,
+    *,
+    dtype: str = "bf16",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Make the model's structure on the meta device: every shape, no memory, no weights."""
+    source = str(path)
+    config = _call(
+        AutoConfig.from_pretrained,
+        source,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        local_files_only=_is_local(source),
+    )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+        )
+
+
+def _ready(model: Any, tokenizer: Any, source: str, machine: Machine) -> Base:
+    model.to(machine.device).eval()
+    packing = can_pack(model, device=machine.device)
+    if not packing:  # its own attention, one document per row
+        model.set_attn_implementation("eager")
+    return Base(model, tokenizer, source, machine, fingerprint(model), packing)
+
+
+def _is_local(source: str) -> bool:
+    """Whether `source` is a folder; a name that is neither a folder nor a hub id is an error."""
+    if Path(source).is_dir():
+        if not (Path(source) / "config.json").is_file():
+            raise ModelError(
+                f"{source} is not a model folder: it has no config.json"
+                f" (it holds {_listing(Path(source))})"
+            )
+        return True
+    if Path(source).exists():
+        raise ModelError(
+            f"{source} is a file; expected a model folder or a hub id such as org/name"
+        )
+    if not _HUB_ID.fullmatch(source):
+        raise ModelError(
+            f"there is no model folder {source}; expected a folder with config.json and weights,"
+            " or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
+    return False
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
+
+
+def _check_weights(folder: Path) -> None:
+    """Every weight file must be there before anything is read."""
+    for index in sorted(folder.glob("*.index.json")):
+        shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if missing:
+            raise ModelError(f"{folder} lacks weight files that {index.name} names:", missing)
+        return
+    names = ("model.safetensors", "pytorch_model.bin")
+    if not any((folder / name).is_file() for name in names):
+        raise ModelError(
+            f"{folder} has no weights: expected model.safetensors (or its index and shards),"
+            f" found {_listing(folder)}"
+        )
+
+
+def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
+    try:
+        return _call(AutoTokenizer.from_pretrained, source, **options)
+    except ModelError as error:
+        raise ModelError(f"no tokenizer could be loaded from {source}: {error}") from None
+
+
+def _call(function: Any, source: str, **options: Any) -> Any:
+    """Call a transformers loader; what it cannot do becomes a `ModelError`."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        return function(source, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"cannot load {source}: {str(error).strip() or repr(error)}") from error
+
+
+def _check_loading(source: str, report: dict[str, Any]) -> None:
+    """Missing weights would be random numbers: refuse them."""
+    problems = [f"missing: {name}" for name in sorted(report["missing_keys"])]
+    problems += [f"wrong shape: {item}" for item in sorted(map(str, report["mismatched_keys"]))]
+    if problems:
+        raise ModelError(f"the weights in {source} do not fit its config.json:", problems)

@@ -1,0 +1,31 @@
+"""A cheap fingerprint of a model's weights."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+SAMPLES = 256
+"""Values read from each tensor: enough to notice any retrained or requantised weight."""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over every parameter's name, shape and 256 evenly spaced values.
+
+    Values are rounded to bfloat16 first, so that a model has one fingerprint whether it was loaded
+    in fp32 or bf16. Tied parameters count once.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(_sample(parameter.detach()))
+    return digest.hexdigest()
+
+
+def _sample(values: Tensor) -> bytes:
+    flat = values.reshape(-1)
+    rows = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64)
+    picked = flat[rows.long().to(flat.device)].to(torch.bfloat16).cpu()
+    return picked.view(torch.int16).numpy().tobytes()

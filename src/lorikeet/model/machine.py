@@ -1,0 +1,111 @@
+"""What this machine has, and the device, dtype and threads that follow from it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lorikeet.errors import ConfigError
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a model runs.
+
+    Attributes:
+        device: the torch device.
+        dtype: compute type of the frozen weights and the activations.
+        reason: why this dtype, as a sentence part for the user.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+
+    @property
+    def dtype_name(self) -> str:
+        """The option's word for the dtype."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
+
+def choose(*, device: str = "auto", dtype: str = "auto", threads: int | None = None) -> Machine:
+    """Resolve `auto` by what the machine has, and set the number of CPU threads if asked to.
+
+    Raises:
+        ConfigError: the device is not there, or the dtype cannot be used on it.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    where = _device(device)
+    if dtype == "auto":
+        return Machine(where, *_native_dtype(where))
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}; expected auto, {', '.join(DTYPES)}")
+    if dtype == "fp16" and where.type == "cpu":
+        raise ConfigError(
+            "fp16 was asked for on a CPU, where it is hundreds of times slower;"
+            " use --model.dtype bf16 or fp32"
+        )
+    return Machine(where, DTYPES[dtype], "as asked")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {name!r}; expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {name} was asked for, but torch {torch.__version__} sees"
+            f" {torch.cuda.device_count()} GPUs here; use --model.device cpu"
+        )
+    return device
+
+
+def _native_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    if device.type == "cuda":
+        # Emulated bf16 (before Ampere) is slower than fp32.
+        if torch.cuda.get_device_capability(device)[0] >= 8:
+            return torch.bfloat16, "this GPU multiplies bf16 natively"
+        return torch.float32, "this GPU has no native bf16"
+    if cpu_has_bf16():
+        return torch.bfloat16, "this processor multiplies bf16 natively"
+    return torch.float32, "this processor has no native bf16"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has bf16 dot products (AVX512-BF16 or AMX); without, bf16 is emulated."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def describe() -> dict[str, Any]:
+    """The machine for a receipt: processor, cores, threads, GPU, versions."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "system": platform.system(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123 (not a file of ours)
+            names = [
+                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+            ]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,19 @@
+"""Training: the one loop, its optimizer, its state and what it writes down."""
+
+from lorikeet.train.loop import Hooks, fit
+from lorikeet.train.metrics import MetricsLog, TensorBoard, read_metrics
+from lorikeet.train.optimizer import Optimizer
+from lorikeet.train.schedule import Schedule
+from lorikeet.train.state import Checkpoints, TrainState
+
+__all__ = [
+    "Checkpoints",
+    "Hooks",
+    "MetricsLog",
+    "Optimizer",
+    "Schedule",
+    "TensorBoard",
+    "TrainState",
+    "fit",
+    "read_metrics",
+]

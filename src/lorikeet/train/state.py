@@ -1,0 +1,125 @@
+"""Where a run stands, and the checkpoints that hold it."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorikeet.errors import TrainingError
+from lorikeet.files import atomic_folder, remove_drafts
+from lorikeet.train.optimizer import Optimizer
+
+
+@dataclass
+class TrainState:
+    """All that changes during a run beside the weights and the optimizer.
+
+    The position in the data follows from `step`: the order of examples is a pure function of the
+    seed. The random generators (dropout) are read when a checkpoint is written.
+
+    Attributes:
+        step: optimizer steps done.
+        best_nll: lowest validation loss so far, nats per token.
+        best_step: the step that reached it.
+        worse: evaluations since then.
+        stopped: whether early stopping has ended the run.
+    """
+
+    step: int = 0
+    best_nll: float = math.inf
+    best_step: int = 0
+    worse: int = 0
+    stopped: bool = False
+
+
+class Checkpoints:
+    """The checkpoints of one run: `step-00000010/state.pt`, ..., each written atomically.
+
+    Args:
+        folder: where they lie.
+        keep_last: how many to keep.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int = 2) -> None:
+        self.folder = folder
+        self.keep_last = keep_last
+
+    def save(self, state: TrainState, optimizer: Optimizer) -> None:
+        """Write a checkpoint of this moment and remove the oldest ones.
+
+        Raises:
+            StorageError: the disk refused; earlier checkpoints are untouched.
+        """
+        content = {
+            "state": asdict(state),
+            "optimizer": optimizer.state_dict(),
+            "random": _random_states(),
+        }
+        with atomic_folder(self.folder / f"step-{state.step:08d}") as draft:
+            _write(content, draft / "state.pt")
+        for old in self._all()[: -self.keep_last]:
+            (old / "state.pt").unlink(missing_ok=True)
+            old.rmdir()
+
+    def restore(self, optimizer: Optimizer) -> TrainState | None:
+        """Load the newest checkpoint into the optimizer and the generators; None without one.
+
+        Raises:
+            TrainingError: the checkpoint is not of this run's parameters.
+        """
+        if self.folder.is_dir():
+            remove_drafts(self.folder)
+        found = self._all()
+        if not found:
+            return None
+        content = torch.load(found[-1] / "state.pt", weights_only=True)
+        saved = content["optimizer"]["masters"]
+        if {n: m.shape for n, m in saved.items()} != {
+            n: m.shape for n, m in optimizer.masters.items()
+        }:
+            raise TrainingError(
+                f"the checkpoint {found[-1]} holds other trainable parameters than this run;"
+                " resume with the model and options that started it"
+            )
+        optimizer.load_state_dict(content["optimizer"])
+        _restore_random(content["random"])
+        return TrainState(**content["state"])
+
+    def _all(self) -> list[Path]:
+        """Complete checkpoints, oldest first (a removed one may linger as an empty folder)."""
+        return sorted(file.parent for file in self.folder.glob("step-*/state.pt"))
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    """`torch.save` through a plain file, so that a full disk is an OSError like any other."""
+    with path.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch wraps the failed write of its own archive writer
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+
+def _random_states() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    states: dict[str, Any] = {
+        "python": [version, list(internal), gauss],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def _restore_random(states: dict[str, Any]) -> None:
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state_all(states["cuda"])

@@ -182,6 +182,11 @@ class TrainConfig(_Section):
     )
     tensorboard: bool = Field(False, description="also write TensorBoard event files")
 
+    @property
+    def peak(self) -> float:
+        """The peak learning rate, with the default of the method filled in."""
+        return self.learning_rate or {"lora": 2e-4, "full": 2e-5}[self.method]
+
 
 class RunConfig(_Section):
     """A complete run: what `run.yaml` holds and what `config.yaml` in a run folder repeats."""
@@ -201,11 +206,6 @@ class RunConfig(_Section):
         if self.train.patience is not None and self.data.validation == 0:
             raise ValueError("train.patience needs validation rows: data.validation is 0")
         return self
-
-    @property
-    def learning_rate(self) -> float:
-        """The peak learning rate, with the default of the method filled in."""
-        return self.train.learning_rate or {"lora": 2e-4, "full": 2e-5}[self.train.method]
 
     def require(self, *names: str) -> None:
         """Raise if one of these options (`model.path`, ...) was not given."""

@@ -4,6 +4,7 @@ from lorikeet.train.loop import Hooks, fit
 from lorikeet.train.metrics import MetricsLog, TensorBoard, read_metrics
 from lorikeet.train.optimizer import Optimizer
 from lorikeet.train.schedule import Schedule
+from lorikeet.train.setup import Setup, Steps, set_up
 from lorikeet.train.state import Checkpoints, TrainState
 
 __all__ = [
@@ -12,8 +13,11 @@ __all__ = [
     "MetricsLog",
     "Optimizer",
     "Schedule",
+    "Setup",
+    "Steps",
     "TensorBoard",
     "TrainState",
     "fit",
     "read_metrics",
+    "set_up",
 ]

@@ -95,14 +95,18 @@ class Optimizer:
             "masters": {name: master.detach() for name, master in self.masters.items()},
         }
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict()`, the model's own trainable parameters included."""
         self._adamw.load_state_dict(state["adamw"])
         if self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
+        self.load_masters(state["masters"])
+
+    @torch.no_grad()
+    def load_masters(self, masters: Mapping[str, Tensor]) -> None:
+        """Overwrite the weights, by name; the moments of AdamW stay."""
         for name, master in self.masters.items():
-            master.copy_(state["masters"][name])
+            master.copy_(masters[name])
         self._publish()
 
 

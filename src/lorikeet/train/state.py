@@ -90,6 +90,16 @@ class Checkpoints:
         _restore_random(content["random"])
         return TrainState(**content["state"])
 
+    def save_best(self, optimizer: Optimizer) -> None:
+        """Keep these weights aside as the best so far."""
+        with atomic_folder(self.folder / "best") as draft:
+            _write(optimizer.state_dict()["masters"], draft / "masters.pt")
+
+    @torch.no_grad()
+    def restore_best(self, optimizer: Optimizer) -> None:
+        """Put the best weights back into the model."""
+        optimizer.load_masters(torch.load(self.folder / "best" / "masters.pt", weights_only=True))
+
     def _all(self) -> list[Path]:
         """Complete checkpoints, oldest first (a removed one may linger as an empty folder)."""
         return sorted(file.parent for file in self.folder.glob("step-*/state.pt"))

@@ -1,0 +1,60 @@
+"""Tiny models of several families with random weights, and their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
+_LLAMA: dict[str, Any] = {**_SIZES, "intermediate_size": 24, "num_key_value_heads": 1}
+_GEMMA: dict[str, Any] = {**_LLAMA, "head_dim": 8}
+_FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_LLAMA),
+    "llama-tied": lambda: LlamaConfig(**_LLAMA, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**_LLAMA),
+    "opt": lambda: OPTConfig(**_SIZES, ffn_dim=24, word_embed_proj_dim=16),
+    "gemma": lambda: GemmaConfig(**_GEMMA),
+    "gemma3": lambda: Gemma3TextConfig(**_GEMMA),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[[str], PreTrainedModel]:
+    """Build a model of a family; the same weights every time."""
+
+    def build(family: str = "llama") -> PreTrainedModel:
+        torch.manual_seed(5)
+        return AutoModelForCausalLM.from_config(_FAMILIES[family]()).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def logits() -> Callable[[torch.nn.Module], torch.Tensor]:
+    """Logits of one fixed batch, float32 [2, 9, 48]."""
+
+    def run(model: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=torch.arange(18).reshape(2, 9) % 17 + 1).logits
+
+    return run

@@ -11,7 +11,7 @@ import math
 from typing import Literal, TypeVar, final
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the field's own name)
+import torch.nn.functional as F
 from torch import nn
 
 Init = Literal["kaiming", "gaussian"]

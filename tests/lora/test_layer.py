@@ -116,6 +116,13 @@ def test_merged_rounds_once() -> None:
     assert bool((error <= half_a_step).all())
 
 
+def test_the_padding_row_receives_no_gradient() -> None:
+    layer = randomised(LoraEmbedding(nn.Embedding(5, 3, padding_idx=1), r=2, scale=1.0))
+    layer(torch.arange(5)).sum().backward()
+    assert layer.lora_A.grad is not None
+    assert layer.lora_A.grad.abs().sum(0).bool().tolist() == [True, False, True, True, True]
+
+
 def test_nothing_writes_the_base() -> None:
     layer = linear(dropout=0.5)
     weight, bias = layer.base.weight.clone(), layer.base.bias.clone()

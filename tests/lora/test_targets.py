@@ -74,6 +74,12 @@ def test_layers_keep_numbered_blocks(llama: Build) -> None:
     ]
 
 
+def test_an_expert_is_in_the_block_of_its_layer() -> None:
+    experts = (nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)])}) for _ in range(2))
+    model = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList(experts)})})
+    assert names(model, layers=[1]) == ["model.layers.1.experts.0"]
+
+
 def test_rank_and_alpha_patterns(llama: Build) -> None:
     config = LoraConfig(
         r=4,

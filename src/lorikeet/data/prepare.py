@@ -1,0 +1,250 @@
+"""From the options of a run to examples for training and validation, and what to say about them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorikeet.config import DataConfig
+from lorikeet.data.batch import permutation
+from lorikeet.data.example import Example
+from lorikeet.data.layout import Layout, Row, detect, normalise
+from lorikeet.data.render import Rendered, Renderer
+from lorikeet.data.source import read_rows
+from lorikeet.data.tokenizer import Tokenizer
+from lorikeet.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the rows, training and validation together.
+
+    Attributes:
+        rows: rows read.
+        examples: examples made of them, those without supervision left out.
+        tokens: tokens of these examples.
+        supervised_tokens: of these, the tokens that count.
+        truncated: rows that `max_length` cut.
+        without_supervision: rows without a supervised token: their prompt fills `max_length`.
+        eos_supervised: examples in which the token that ends the text or turn is supervised.
+        boundary_merges: examples whose first tokens are not those of the prompt alone, because a
+            token of the tokenizer reaches over the end of the prompt.
+        rewritten: examples whose template shows earlier turns otherwise than when they were last.
+        special_in_text: rows whose own text holds control tokens, which are read as such.
+        longest: tokens of the longest example.
+        mean_length: tokens of the average example.
+        needed_length: the smallest `max_length` at which every row has a supervised token.
+    """
+
+    rows: int
+    examples: int
+    tokens: int
+    supervised_tokens: int
+    truncated: int
+    without_supervision: int
+    eos_supervised: int
+    boundary_merges: int
+    rewritten: int
+    special_in_text: int
+    longest: int
+    mean_length: float
+    needed_length: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a run.
+
+    Attributes:
+        train: examples to train on, in file order.
+        validation: examples held out, in file order; may be empty.
+        rows_train: the row that each example of `train` shows; for a window of a long document
+            the text of that window.
+        rows_validation: the same for `validation`.
+        layout: what the columns meant.
+        template_name: the template in use; `none` for plain documents.
+        template_hash: sha256 of its source.
+        sha256: hash of the rows read from `data.path`.
+        validation_sha256: hash of the rows of a validation file, if there is one.
+        report: what became of the rows.
+    """
+
+    train: list[Example]
+    validation: list[Example]
+    rows_train: list[Row]
+    rows_validation: list[Row]
+    layout: Layout
+    template_name: str
+    template_hash: str
+    sha256: str
+    validation_sha256: str | None
+    report: Report
+
+
+def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
+    """Read, check, split and render the data of a run.
+
+    The split is a permutation of the rows that depends on the seed alone: what is held out is the
+    same for every template, length and model. A single document is split by its windows. Rows
+    without a supervised token are counted and left out: they would only dilute a step.
+
+    Args:
+        config: the section `data` of a run.
+        tokenizer: the base model's.
+        seed: seeds the split.
+
+    Raises:
+        DataError: unreadable data, no known layout, or rows that do not fit it.
+        ConfigError: a validation share outside 0 to 1.
+    """
+    share = _share(config.validation)
+    renderer = Renderer(
+        tokenizer,
+        template=config.template,
+        max_length=config.max_length,
+        supervise=config.supervise,
+    )
+    source = _Source.read(config.path, renderer, split=config.split, limit=config.limit)
+    held_out: _Source | None = None
+    if share is None:
+        held_out = _Source.read(str(config.validation), renderer, split=config.split, limit=None)
+        train, validation = source.units, held_out.units
+    else:
+        train, validation = _split(source.units, share, seed=seed)
+    everything = [rendered for unit in [*train, *validation] for rendered in unit]
+    kept_train, kept_validation = _kept(train), _kept(validation)
+    plain = source.layout.name == "text"
+    return Prepared(
+        train=[rendered.example for rendered in kept_train],
+        validation=[rendered.example for rendered in kept_validation],
+        rows_train=[rendered.row for rendered in kept_train],
+        rows_validation=[rendered.row for rendered in kept_validation],
+        layout=source.layout,
+        template_name="none" if plain else renderer.template_name,
+        template_hash=hashlib.sha256(b"").hexdigest() if plain else renderer.template_hash,
+        sha256=source.sha256,
+        validation_sha256=held_out.sha256 if held_out else None,
+        report=_report(everything, rows=source.n_rows + (held_out.n_rows if held_out else 0)),
+    )
+
+
+def preflight(prepared: Prepared, *, tokenizer: Tokenizer, max_length: int) -> list[str]:
+    """Refuse data that would train nothing or never teach the model to stop.
+
+    Returns:
+        Warnings, a sentence each, about what is odd but not fatal.
+
+    Raises:
+        DataError: with every reason not to start.
+    """
+    report = prepared.report
+    problems = []
+    lost, total = report.without_supervision, report.examples + report.without_supervision
+    full = (
+        f"{lost} of {total} examples have nothing to learn: the prompt alone fills"
+        f" --data.max_length {max_length}; every one has something from {report.needed_length} on"
+    )
+    if not prepared.train:
+        problems.append("there is not one supervised token to train on")
+    if lost > total / 2:
+        problems.append(full)
+    if not report.eos_supervised and prepared.layout.name != "text":
+        problems.append(_never_stops(report, tokenizer, max_length))
+    if problems:
+        raise DataError("this data cannot be trained on as it is", problems)
+    return [*([full + "; they are left out"] if lost else []), *_warnings(report, max_length)]
+
+
+def _never_stops(report: Report, tokenizer: Tokenizer, max_length: int) -> str:
+    if tokenizer.eos_token_id is None:
+        return "no example ends with a supervised end token: the tokenizer names no EOS token"
+    return (
+        "no example ends with a supervised end token, so the model would never learn to stop:"
+        f" --data.max_length {max_length} cuts {report.truncated} of {report.rows} rows"
+    )
+
+
+def _warnings(report: Report, max_length: int) -> list[str]:
+    n = report.examples
+    facts = {
+        f"{report.truncated} of {report.rows} rows are longer than --data.max_length {max_length}"
+        " and lose their end": report.truncated,
+        f"in {report.boundary_merges} of {n} examples a token reaches over the end of the prompt:"
+        " training shows other tokens there than generation will": report.boundary_merges,
+        f"in {report.rewritten} of {n} examples the template rewrites earlier turns: they are"
+        " trained on as they look in the whole conversation": report.rewritten,
+        f"{report.special_in_text} of {n} examples have control tokens in their own text, which"
+        " are read as control tokens": report.special_in_text,
+    }
+    return [sentence for sentence, count in facts.items() if count]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A rendered file. Its units are what a split moves: rows, or windows of a single document."""
+
+    units: list[list[Rendered]]
+    layout: Layout
+    sha256: str
+    n_rows: int
+
+    @staticmethod
+    def read(path: str, renderer: Renderer, *, split: str, limit: int | None) -> _Source:
+        rows = read_rows(path, split=split, limit=limit)
+        layout = detect(rows)
+        units = renderer.render(normalise(rows, layout), rows.origins)
+        if len(units) == 1:
+            units = [[window] for window in units[0]]
+        return _Source(units, layout, rows.sha256, len(rows.rows))
+
+
+def _share(validation: float | str) -> float | None:
+    """The share of rows to hold out, or None if `validation` names a file; flags give texts."""
+    try:
+        share = float(validation)
+    except ValueError:
+        return None
+    if isinstance(validation, str) and Path(validation).exists():
+        return None
+    if not 0 <= share < 1:
+        raise ConfigError(
+            f"data.validation: expected a share from 0 to below 1, or a file; found {validation}"
+        )
+    return share
+
+
+def _split(
+    units: Sequence[list[Rendered]], share: float, *, seed: int
+) -> tuple[list[list[Rendered]], list[list[Rendered]]]:
+    """Hold out a share, at least one unit of two or more if the share is not zero."""
+    n = len(units)
+    held = min(max(round(share * n), 1), n - 1) if share else 0
+    chosen = set(permutation(n, f"{seed}/split")[:held])
+    train = [unit for i, unit in enumerate(units) if i not in chosen]
+    return train, [units[i] for i in sorted(chosen)]
+
+
+def _kept(units: Iterable[list[Rendered]]) -> list[Rendered]:
+    return [rendered for unit in units for rendered in unit if any(rendered.example.supervised)]
+
+
+def _report(rendered: Sequence[Rendered], *, rows: int) -> Report:
+    kept = [one for one in rendered if any(one.example.supervised)]
+    lengths = [len(one.example.ids) for one in kept]
+    return Report(
+        rows=rows,
+        examples=len(kept),
+        tokens=sum(lengths),
+        supervised_tokens=sum(one.example.supervised_tokens for one in kept),
+        truncated=sum(one.example.truncated for one in rendered),
+        without_supervision=len(rendered) - len(kept),
+        eos_supervised=sum(one.stops for one in kept),
+        boundary_merges=sum(one.boundary_merge for one in kept),
+        rewritten=sum(one.rewritten for one in kept),
+        special_in_text=sum(one.special_in_text for one in kept),
+        longest=max(lengths, default=0),
+        mean_length=sum(lengths) / max(len(lengths), 1),
+        needed_length=max((one.needed_length for one in rendered), default=0),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -68,3 +68,11 @@ def progress_bar(label: str, total: int) -> Progress:
 def quiet_libraries() -> None:
     """Keep the warnings of the libraries below us out of the user's sight."""
     warnings.filterwarnings("ignore", module=r"(transformers|torch|huggingface_hub|datasets)\..*")
+
+
+def show_sample(prompt: str, answers: Mapping[str, str]) -> None:
+    """Print a prompt with one line for each answer."""
+    out.print(f"\n{prompt}", style="bold", markup=False)
+    width = max(map(len, answers))
+    for name, text in answers.items():
+        out.print(f"  {name:{width}}  {text}", markup=False)

@@ -1,0 +1,106 @@
+"""`lorikeet eval`: one honest number for a model, with or without an adapter."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from lorikeet import console
+from lorikeet.cli.options import add_json, add_options, read_config
+
+if TYPE_CHECKING:
+    from lorikeet.cli.subject import Subject
+    from lorikeet.config import RunConfig
+    from lorikeet.data import Prepared
+    from lorikeet.evaluate import Sample
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("--adapter", metavar="DIR", help="adapter folder, or a run folder with one")
+    parser.add_argument(
+        "--split",
+        choices=["all", "train", "validation"],
+        default="all",
+        help="which rows of the data count: all, or one side of the split that a training run with"
+        " the same --seed and --data.validation makes (default: all)",
+    )
+    parser.add_argument(
+        "--samples", type=int, default=0, help="also answer this many rows (default: 0)"
+    )
+    add_json(parser)
+    add_options(parser, ["model", "data", "train"])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate; with an adapter also the base alone, and the paired difference."""
+    config = read_config(args)
+    config.require("data.path")
+    from lorikeet.cli.subject import adapter_folder, answer_side_by_side, load_subject
+    from lorikeet.evaluate import evaluate, paired_difference
+    from lorikeet.lora import disabled
+
+    subject = load_subject(config, adapter_folder(args.adapter))
+    prepared = _prepare(subject, config, args.split)
+    examples = prepared.validation if args.split == "validation" else prepared.train
+    base = subject.base
+
+    def measure() -> Any:
+        return evaluate(
+            base.model, examples, max_tokens=config.train.max_tokens, packing=base.packing
+        )
+
+    score = measure()
+    found: dict[str, Any] = {"model": base.path, "adapter": args.adapter, **score.summary()}
+    rows = [_row("model" if subject.adapter is None else "adapter", score)]
+    if subject.adapter is not None:
+        with disabled(base.model):
+            alone = measure()
+        difference = paired_difference(score, alone)
+        found |= {"base": alone.summary(), "difference": difference.summary()}
+        rows.insert(0, _row("base", alone))
+    samples: list[Sample] = []
+    if args.samples:
+        samples = answer_side_by_side(subject, prepared, n=args.samples)
+        found["samples"] = [sample.summary() for sample in samples]
+    if args.json:
+        console.out.print_json(json.dumps(found))
+        return 0
+    columns = ["", "nll", "std. error", "perplexity", "bits/byte", "tokens", "documents"]
+    console.out.print(console.table(f"{config.data.path} ({args.split})", columns, rows))
+    if subject.adapter is not None:
+        console.out.print(f"adapter - base: {difference}", markup=False)
+    for sample in samples:
+        console.show_sample(sample.prompt, {"data": sample.reference, **sample.answers})
+    return 0
+
+
+def _prepare(subject: Subject, config: RunConfig, split: str) -> Prepared:
+    from lorikeet.data import preflight, prepare
+
+    if split == "all":
+        config.data.validation = 0.0
+    prepared = prepare(config.data, subject.base.tokenizer, seed=config.train.seed)
+    for warning in preflight(
+        prepared, tokenizer=subject.base.tokenizer, max_length=config.data.max_length
+    ):
+        console.warn(warning)
+    return prepared
+
+
+def _row(name: str, score: Any) -> list[str]:
+    found = score.summary()
+    return [
+        name,
+        f"{found['nll']:.4f}",
+        _figure(found["nll_stderr"]),
+        f"{found['perplexity']:.3f}",
+        _figure(found["bits_per_byte"]),
+        f"{found['tokens']:,}",
+        f"{found['documents']:,}",
+    ]
+
+
+def _figure(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}"

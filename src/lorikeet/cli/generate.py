@@ -1,0 +1,51 @@
+"""`lorikeet generate`: answer prompts with a model, with or without an adapter."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from lorikeet import console
+from lorikeet.cli.options import add_json, add_options, read_config
+from lorikeet.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("--adapter", metavar="DIR", help="adapter folder, or a run folder with one")
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="a prompt (may be repeated); - for stdin"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (128)")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the text itself, without the template"
+    )
+    add_json(parser)
+    add_options(parser, ["model", "data"])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer every prompt; greedy, so the same command gives the same answers."""
+    prompts = [sys.stdin.read() if text == "-" else text for text in args.prompt or []]
+    if not prompts:
+        raise ConfigError("there is nothing to answer: give --prompt TEXT, or --prompt - for stdin")
+    config = read_config(args)
+    from lorikeet.cli.subject import adapter_folder, load_subject
+    from lorikeet.evaluate import answer
+
+    subject = load_subject(config, adapter_folder(args.adapter))
+    ids = [
+        subject.renderer.prompt(text if args.raw else [{"role": "user", "content": text}])
+        for text in prompts
+    ]
+    answers = answer(
+        subject.base.model, subject.base.tokenizer, ids, max_new_tokens=args.max_new_tokens
+    )
+    if args.json:
+        pairs = [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]
+        console.out.print_json(json.dumps({"answers": pairs}))
+        return 0
+    for text in answers:
+        console.out.print(text, markup=False)
+    return 0

@@ -1,0 +1,74 @@
+"""Flags of the declared options: `--lora.r 8` is what `config.py` declares as lora.r."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from lorikeet.config import ALIASES, SHORT_FOR, RunConfig, load_config, options
+from lorikeet.errors import ConfigError
+
+_PREFIX = "option:"
+
+
+def add_options(parser: argparse.ArgumentParser, sections: Sequence[str]) -> None:
+    """Add a flag for every option of these sections (`model`, `lora`, ..., or `out`)."""
+    others = {own: alias for alias, own in ALIASES.items()}
+    for name, option in options():
+        if name.split(".")[0] not in sections:
+            continue
+        flags = [f"--{flag}" for flag in (SHORT_FOR.get(name), name, others.get(name)) if flag]
+        parser.add_argument(
+            *dict.fromkeys(flags),
+            dest=_PREFIX + name,
+            default=argparse.SUPPRESS,
+            metavar=name.split(".")[-1].upper(),
+            help=_help(option),
+            nargs="?" if option.annotation is bool else None,  # --flag alone means true
+            const="true",
+        )
+
+
+def _help(option: FieldInfo) -> str:
+    text = (option.description or "").replace("%", "%%")
+    default = option.get_default(call_default_factory=True, validated_data={})
+    return text if default in (None, "", {}) else f"{text} (default: {default})"
+
+
+def read_config(args: argparse.Namespace, *, file: str | Path | None = None) -> RunConfig:
+    """The configuration that a run file and these flags give together.
+
+    Raises:
+        ConfigError: options that do not hold, all of them.
+    """
+    return load_config(file, given(args))
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given as flags, by dotted name."""
+    return {
+        name.removeprefix(_PREFIX): value
+        for name, value in vars(args).items()
+        if name.startswith(_PREFIX)
+    }
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def existing_folder(text: str) -> Path:
+    """A folder given as a flag.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    path = Path(text)
+    if not path.is_dir():
+        raise ConfigError(f"there is no folder {text}")
+    return path

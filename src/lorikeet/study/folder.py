@@ -1,0 +1,100 @@
+"""The run folder: what lies where, who may write into it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lorikeet.config import RunConfig, load_config
+from lorikeet.errors import ConfigError
+from lorikeet.files import remove_drafts, write_text
+
+_FREE_ON_RESUME = {
+    "out",
+    "model.threads",
+    "train.keep_last",
+    "train.save_every",
+    "train.max_tokens",
+    "train.tensorboard",
+}
+"""Options that change nothing about what is trained, so a resume may give others."""
+
+
+class RunFolder:
+    """Paths of a run folder.
+
+    Args:
+        path: the folder; it need not exist yet.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.model = self.path / "model"
+        self.tensorboard = self.path / "tensorboard"
+        self.samples = self.path / "samples.jsonl"
+        self.report = self.path / "report.md"
+        self.receipt = self.path / "receipt.json"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end; the receipt is written last."""
+        return self.receipt.is_file()
+
+    def check(self, config: RunConfig, *, resume: bool) -> None:
+        """Refuse before anything is loaded if this run must not write here.
+
+        Raises:
+            ConfigError: the folder holds another run or other files, or a resume with other
+                options than those that the run was started with.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"--out {self.path} is a file; give a folder")
+        if self.config.is_file():
+            if not resume:
+                raise ConfigError(
+                    f"{self.path} already holds a run; add --resume to go on with it,"
+                    " or choose another --out"
+                )
+            _same_experiment(load_config(self.config), config, self.path)
+        elif self.path.is_dir() and any(not p.name.startswith(".") for p in self.path.iterdir()):
+            raise ConfigError(
+                f"{self.path} is not empty and holds no run of Lorikeet; choose another --out"
+            )
+
+    def claim(self, config: RunConfig) -> None:
+        """Make the folder and write the configuration; drop what a killed run left half-written.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        if self.path.is_dir():
+            remove_drafts(self.path)
+        write_text(self.config, config.to_yaml())
+
+
+def _same_experiment(before: RunConfig, now: RunConfig, folder: Path) -> None:
+    old, new = _flat(before), _flat(now)
+    differing = [
+        f"{name}: started with {old[name]!r}, now {new[name]!r}"
+        for name in old
+        if old[name] != new[name] and name not in _FREE_ON_RESUME
+    ]
+    if differing:
+        raise ConfigError(
+            f"the run in {folder} was started with other options; leave them out to resume it:",
+            differing,
+        )
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for section, values in config.model_dump().items():
+        if isinstance(values, dict):
+            flat |= {f"{section}.{key}": value for key, value in values.items()}
+        else:
+            flat[section] = values
+    return flat

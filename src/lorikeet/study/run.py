@@ -1,0 +1,254 @@
+"""One run from options to a finished run folder: load, prepare, train, evaluate, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lorikeet import console
+from lorikeet.adapters import save_adapter
+from lorikeet.config import RunConfig
+from lorikeet.data import Prepared, Renderer, preflight, prepare
+from lorikeet.errors import ConfigError
+from lorikeet.evaluate import Score, evaluate
+from lorikeet.evaluate.samples import Sample, answer
+from lorikeet.files import atomic_folder
+from lorikeet.lora import ParameterReport, inject, parameter_report
+from lorikeet.model import Base, load_model, token_nll
+from lorikeet.study.folder import RunFolder
+from lorikeet.study.progress import StepProgress
+from lorikeet.study.receipt import provenance, write_results
+from lorikeet.study.samples import questions
+from lorikeet.train import (
+    Checkpoints,
+    Hooks,
+    MetricsLog,
+    Setup,
+    TensorBoard,
+    TrainState,
+    fit,
+    read_metrics,
+    set_up,
+)
+
+SAMPLES = 3
+"""Validation prompts that are answered before and after training."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        folder: where everything lies.
+        parameters: trainable and base parameters.
+        state: the last training state.
+        base: the base model on the validation rows; None without such rows.
+        tuned: the trained model on the same rows.
+        samples: answers of both, side by side.
+        seconds: time spent in optimizer steps, before a resume included.
+    """
+
+    folder: RunFolder
+    parameters: ParameterReport
+    state: TrainState
+    base: Score | None
+    tuned: Score | None
+    samples: list[Sample]
+    seconds: float
+
+
+def train_run(config: RunConfig, *, resume: bool = False, label: str = "training") -> RunResult:
+    """Do a whole run.
+
+    Nothing is written before the model, the data and the targets have proven to fit.
+
+    Args:
+        config: the options; `model.path`, `data.path` and `out` are needed.
+        resume: go on with the run in `out` from its newest checkpoint.
+        label: what the progress bar calls it.
+
+    Raises:
+        InputError: anything wrong with the input, the machine or the disk.
+    """
+    config.require("model.path", "data.path", "out")
+    folder = RunFolder(str(config.out))
+    folder.check(config, resume=resume)
+    base, prepared, renderer = load(config)
+    parameters = make_trainable(base, config)
+    setup = set_up(base.model, prepared.train, config.train, packing=base.packing)
+    console.note(_announcement(base, prepared, parameters, setup))
+    folder.claim(config)
+
+    before = score(base, prepared, config)
+    asked = questions(prepared, renderer, n=SAMPLES)
+    first_answers = answer(base.model, base.tokenizer, [ids for _, _, ids in asked])
+    state = _train(
+        base, config, setup, folder, label=label, validate=_validator(base, prepared, config)
+    )
+    after = score(base, prepared, config)
+    last_answers = answer(base.model, base.tokenizer, [ids for _, _, ids in asked])
+    method = config.train.method
+    result = RunResult(
+        folder=folder,
+        parameters=parameters,
+        state=state,
+        base=before,
+        tuned=after,
+        samples=[
+            Sample(prompt, reference, {"base": first, method: last})
+            for (prompt, reference, _), first, last in zip(
+                asked, first_answers, last_answers, strict=True
+            )
+        ],
+        seconds=sum(line.get("seconds", 0.0) for line in read_metrics(folder.metrics)),
+    )
+    save_tuned(base, config, folder, provenance(base, prepared, config))
+    write_results(result, base, prepared, config)
+    return result
+
+
+def load(config: RunConfig) -> tuple[Base, Prepared, Renderer]:
+    """Load the model and the data that the options name, and check the data.
+
+    Raises:
+        InputError: either cannot be loaded, or there is nothing to learn from the data.
+    """
+    base = load_model(
+        config.model.path,
+        dtype=config.model.dtype,
+        device=config.model.device,
+        threads=config.model.threads,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    prepared = prepare(config.data, base.tokenizer, seed=config.train.seed)
+    for warning in preflight(prepared, tokenizer=base.tokenizer, max_length=config.data.max_length):
+        console.warn(warning)
+    renderer = Renderer(
+        base.tokenizer, template=config.data.template, max_length=config.data.max_length
+    )
+    return base, prepared, renderer
+
+
+def make_trainable(base: Base, config: RunConfig) -> ParameterReport:
+    """Inject adapters, or free every weight; report what will be trained."""
+    if config.train.method == "lora":
+        inject(base.model, config.lora, seed=config.train.seed)
+    else:
+        base.model.requires_grad_(True)
+    return parameter_report(base.model)
+
+
+def score(base: Base, prepared: Prepared, config: RunConfig) -> Score | None:
+    """The model as it is now on the validation rows; None without any."""
+    if not prepared.validation:
+        return None
+    return evaluate(
+        base.model,
+        prepared.validation,
+        max_tokens=config.train.max_tokens,
+        packing=base.packing,
+    )
+
+
+def save_tuned(base: Base, config: RunConfig, folder: RunFolder, made_by: dict[str, Any]) -> None:
+    """Write what was trained: an adapter folder, or a whole model folder, with the tokenizer."""
+    if config.train.method == "lora":
+        save_adapter(
+            base.model,
+            folder.adapter,
+            config=config.lora,
+            base_model=base.path,
+            provenance=made_by,
+            tokenizer=base.tokenizer,
+        )
+        return
+    with atomic_folder(folder.model) as draft:
+        base.model.save_pretrained(str(draft))  # type: ignore[operator]
+        base.tokenizer.save_pretrained(str(draft))
+
+
+def _train(
+    base: Base,
+    config: RunConfig,
+    setup: Setup,
+    folder: RunFolder,
+    *,
+    label: str,
+    validate: Callable[[], float] | None,
+) -> TrainState:
+    options = config.train
+    checkpoints = Checkpoints(folder.checkpoints, keep_last=options.keep_last)
+    state = checkpoints.restore(setup.optimizer) or TrainState()
+    if state.step:
+        console.note(f"resumed after step {state.step} of {setup.total_steps}")
+    if options.patience and validate is None:
+        raise ConfigError("train.patience needs validation rows: data.validation is 0")
+    sinks: list[Callable[[dict[str, Any]], None]] = [
+        MetricsLog(folder.metrics, resume_step=state.step)
+    ]
+    if options.tensorboard:
+        sinks.append(TensorBoard(folder.tensorboard, resume_step=state.step))
+    with StepProgress(label, setup.total_steps, done=state.step) as progress:
+        sinks.append(progress)
+
+        def record(line: dict[str, Any]) -> None:
+            for sink in sinks:
+                sink(line)
+
+        hooks = Hooks(
+            record=record,
+            validate=validate,
+            eval_every=options.eval_every,
+            save=lambda state: checkpoints.save(state, setup.optimizer),
+            save_every=options.save_every,
+            improved=(lambda _: checkpoints.save_best(setup.optimizer))
+            if options.patience
+            else None,
+            patience=options.patience,
+        )
+        state = fit(
+            base.model,
+            setup.optimizer,
+            setup.steps,
+            learning_rate=setup.schedule,
+            total_steps=setup.total_steps,
+            loss=token_nll,
+            state=state,
+            hooks=hooks,
+        )
+    if options.patience and state.best_step < state.step:
+        checkpoints.restore_best(setup.optimizer)
+        console.note(f"the weights of step {state.best_step} are kept: the best on validation")
+    return state
+
+
+def _validator(base: Base, prepared: Prepared, config: RunConfig) -> Callable[[], float] | None:
+    if not prepared.validation:
+        return None
+
+    def validate() -> float:
+        scored = score(base, prepared, config)
+        assert scored is not None
+        return scored.nll
+
+    return validate
+
+
+def _announcement(base: Base, prepared: Prepared, parameters: ParameterReport, setup: Setup) -> str:
+    machine, report = base.machine, prepared.report
+    rows = f"{report.rows:,} rows ({prepared.layout.name}, template {prepared.template_name})"
+    train, held_out = len(prepared.train), len(prepared.validation)
+    layout = "packed" if base.packing else "one document a row: this architecture cannot pack"
+    return (
+        f"model     {base.path}: {parameters.base:,} parameters,"
+        f" {parameters.trainable:,} trainable ({parameters.percent:.2f} %)\n"
+        f"machine   {machine.device}, {machine.dtype_name} ({machine.reason}),"
+        f" {torch.get_num_threads()} threads\n"
+        f"data      {rows}: {train:,} examples to train on, {held_out:,} held out\n"
+        f"training  {setup.total_steps} steps of {setup.steps.order.batch_size} examples, {layout}"
+    )

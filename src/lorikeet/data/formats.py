@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,7 +166,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             if number == 1:
                 line = line.removeprefix("\ufeff")
             if line.strip():
-                yield number, line
+                yield number, line.rstrip("\r\n")
 
 
 def _read_text(path: Path) -> str:
@@ -213,7 +212,7 @@ def _list_in(content: object, path: Path) -> list[Any]:
 def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Records with the line that each starts on; the header first."""
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    limit = csv.field_size_limit(sys.maxsize)  # the default refuses documents over 128 KiB
+    limit = csv.field_size_limit(2**31 - 1)  # the default refuses documents over 128 KiB
     try:
         line = 1
         for fields in reader:

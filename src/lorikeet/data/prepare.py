@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from lorikeet.config import DataConfig
 from lorikeet.data.batch import permutation
@@ -14,7 +13,7 @@ from lorikeet.data.layout import Layout, Row, detect, normalise
 from lorikeet.data.render import Rendered, Renderer
 from lorikeet.data.source import read_rows
 from lorikeet.data.tokenizer import Tokenizer
-from lorikeet.errors import ConfigError, DataError
+from lorikeet.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
 
     Raises:
         DataError: unreadable data, no known layout, or rows that do not fit it.
-        ConfigError: a validation share outside 0 to 1.
     """
-    share = _share(config.validation)
     renderer = Renderer(
         tokenizer,
         template=config.template,
@@ -108,11 +105,11 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
     )
     source = _Source.read(config.path, renderer, split=config.split, limit=config.limit)
     held_out: _Source | None = None
-    if share is None:
-        held_out = _Source.read(str(config.validation), renderer, split=config.split, limit=None)
+    if isinstance(config.validation, str):
+        held_out = _Source.read(config.validation, renderer, split=config.split, limit=None)
         train, validation = source.units, held_out.units
     else:
-        train, validation = _split(source.units, share, seed=seed)
+        train, validation = _split(source.units, config.validation, seed=seed)
     everything = [rendered for unit in [*train, *validation] for rendered in unit]
     kept_train, kept_validation = _kept(train), _kept(validation)
     plain = source.layout.name == "text"
@@ -198,21 +195,6 @@ class _Source:
         if len(units) == 1:
             units = [[window] for window in units[0]]
         return _Source(units, layout, rows.sha256, len(rows.rows))
-
-
-def _share(validation: float | str) -> float | None:
-    """The share of rows to hold out, or None if `validation` names a file; flags give texts."""
-    try:
-        share = float(validation)
-    except ValueError:
-        return None
-    if isinstance(validation, str) and Path(validation).exists():
-        return None
-    if not 0 <= share < 1:
-        raise ConfigError(
-            f"data.validation: expected a share from 0 to below 1, or a file; found {validation}"
-        )
-    return share
 
 
 def _split(

@@ -91,10 +91,11 @@ def _headline(example: Example) -> Text:
 def _coloured(example: Example, tokenizer: Tokenizer, special: frozenset[int]) -> Text:
     result = Text()
     texts = token_texts(example.ids, tokenizer)
-    for i, (index, text) in enumerate(zip(example.ids, texts, strict=True)):
-        shades = _SUPERVISED if example.supervised[i] else _PROMPT
-        style = shades[i % 2] + (" bold" if index in special else "")
-        result.append(_visible(text), style=style)
+    shade = 0
+    for index, text, supervised in zip(example.ids, texts, example.supervised, strict=True):
+        style = (_SUPERVISED if supervised else _PROMPT)[shade]
+        result.append(_visible(text), style=style + (" bold" if index in special else ""))
+        shade ^= bool(text)  # pieces of a character show nothing
     return result
 
 

@@ -75,28 +75,38 @@ def find_spans(
         _supervised_turns(row, origin, last_only=last_only)
         for row, origin in zip(rows, origins, strict=True)
     ]
-    flat = [
-        (row.messages, origin, turn)
-        for row, origin, turns in zip(rows, origins, wanted, strict=True)
-        for turn in turns
-    ]
-
-    def rendered(
-        conversations: list[Sequence[Message]], names: list[str], prompt: bool
-    ) -> list[str]:
-        return template.render(
-            tokenizer, conversations, origins=names, add_generation_prompt=prompt
-        )
-
-    names = [origin for _, origin, _ in flat]
-    wholes = rendered([row.messages for row in rows], list(origins), False)
-    befores = iter(rendered([messages[:turn] for messages, _, turn in flat], names, True))
-    afters = iter(rendered([messages[: turn + 1] for messages, _, turn in flat], names, False))
+    wholes = template.render(
+        tokenizer, [row.messages for row in rows], origins=origins, add_generation_prompt=False
+    )
+    before = iter(_rendered(rows, origins, wanted, tokenizer, template, prompts=True))
+    after = iter(_rendered(rows, origins, wanted, tokenizer, template, prompts=False))
     result = []
     for row, origin, whole, turns in zip(rows, origins, wholes, wanted, strict=True):
-        edges = [(next(befores), next(afters)) for _ in turns]
+        last = len(row.messages) - 1
+        edges = [(next(before), whole if turn == last else next(after)) for turn in turns]
         result.append(_found(row, origin, whole, turns, edges, special))
     return result
+
+
+def _rendered(
+    rows: Sequence[Turns],
+    origins: Sequence[str],
+    wanted: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    template: Template,
+    *,
+    prompts: bool,
+) -> list[str]:
+    """What is before every wanted turn (prompts), or goes up to it, unless that is all there is."""
+    conversations: list[Sequence[Message]] = []
+    names = []
+    for row, origin, turns in zip(rows, origins, wanted, strict=True):
+        for turn in turns:
+            end = turn if prompts else turn + 1
+            if end < len(row.messages):
+                conversations.append(row.messages[:end])
+                names.append(origin)
+    return template.render(tokenizer, conversations, origins=names, add_generation_prompt=prompts)
 
 
 def _supervised_turns(row: Turns, origin: str, *, last_only: bool) -> list[int]:

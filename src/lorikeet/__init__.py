@@ -1,1 +1,4 @@
-"""Lorikeet: LoRA fine-tuning of small causal language models, with numbers to be trusted."""
+"""Lorikeet: LoRA fine-tuning of small causal language models, with numbers to be trusted.
+
+The Python API is `lorikeet.api`; this file imports nothing, so that the command line starts at once.
+"""

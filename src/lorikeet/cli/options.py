@@ -22,14 +22,15 @@ def add_options(parser: argparse.ArgumentParser, sections: Sequence[str]) -> Non
         if name.split(".")[0] not in sections:
             continue
         flags = [f"--{flag}" for flag in (SHORT_FOR.get(name), name, others.get(name)) if flag]
+        # --flag alone means true
+        switch: Any = {"nargs": "?", "const": "true"} if option.annotation is bool else {}
         parser.add_argument(
             *dict.fromkeys(flags),
             dest=_PREFIX + name,
             default=argparse.SUPPRESS,
             metavar=name.split(".")[-1].upper(),
             help=_help(option),
-            nargs="?" if option.annotation is bool else None,  # --flag alone means true
-            const="true",
+            **switch,
         )
 
 

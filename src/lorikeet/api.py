@@ -1,0 +1,150 @@
+"""The Python API: load a model, add LoRA, fit, evaluate, save.
+
+    from lorikeet.api import *
+
+    base = load_model("HuggingFaceTB/SmolLM2-135M-Instruct")
+    data = load_data(base, DataConfig(path="rows.jsonl"))
+    before = evaluate(base, data.validation)
+    lora = add_lora(base, LoraConfig(r=16, alpha=16))
+    fit(base, data.train, TrainConfig(max_steps=50, learning_rate=2e-4))
+    print(paired_difference(evaluate(base, data.validation), before))
+    save_adapter(base, "my-adapter", lora)
+
+Thin on purpose: each function hands a loaded base and declared options to the part that works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lorikeet.evaluate
+from lorikeet import adapters, console, data, train
+from lorikeet.config import DataConfig, LoraConfig, TrainConfig
+from lorikeet.data import Example, Message, Prepared, Renderer
+from lorikeet.evaluate import Score, paired_difference
+from lorikeet.lora import inject, parameter_report
+from lorikeet.model import Base, load_model, token_nll
+
+__all__ = [
+    "DataConfig",
+    "LoraConfig",
+    "TrainConfig",
+    "add_lora",
+    "answer",
+    "evaluate",
+    "fit",
+    "load_adapter",
+    "load_data",
+    "load_model",
+    "paired_difference",
+    "parameter_report",
+    "save_adapter",
+]
+
+
+def load_data(base: Base, config: DataConfig, *, seed: int = 0) -> Prepared:
+    """Read, split and render a data file for a model; refuse data that would train nothing.
+
+    Args:
+        base: from `load_model`; its tokenizer and template render the rows.
+        config: path, length, template, what is supervised, what is held out.
+        seed: of the split.
+
+    Raises:
+        DataError: with every problem of the file.
+    """
+    prepared = data.prepare(config, base.tokenizer, seed=seed)
+    warnings = data.preflight(prepared, tokenizer=base.tokenizer, max_length=config.max_length)
+    for warning in warnings:
+        console.warn(warning)
+    return prepared
+
+
+def add_lora(base: Base, config: LoraConfig, *, seed: int = 0) -> LoraConfig:
+    """Freeze the model and put adapters into it; they change nothing until they are trained.
+
+    Returns:
+        `config`, for `save_adapter`.
+
+    Raises:
+        AdapterError: a target matches nothing, or the model carries adapters already.
+    """
+    inject(base.model, config, seed=seed)
+    return config
+
+
+def fit(
+    base: Base,
+    examples: Sequence[Example],
+    config: TrainConfig,
+    *,
+    record: Callable[[dict[str, Any]], None] = lambda line: None,
+) -> train.TrainState:
+    """Train what requires a gradient: the adapters, or everything with `config.method` "full".
+
+    Args:
+        base: the model.
+        examples: `load_data(...).train`.
+        config: batch size, steps, learning rate, seed.
+        record: gets a dict of figures after every step.
+
+    Raises:
+        TrainingError: nothing would be learnt, or the loss is not finite.
+    """
+    if config.method == "full":
+        base.model.requires_grad_(True)
+    setup = train.set_up(base.model, examples, config, packing=base.packing)
+    return train.fit(
+        base.model,
+        setup.optimizer,
+        setup.steps,
+        learning_rate=setup.schedule,
+        total_steps=setup.total_steps,
+        loss=token_nll,
+        hooks=train.Hooks(record=record),
+    )
+
+
+def evaluate(base: Base, examples: Sequence[Example]) -> Score:
+    """Token-exact loss, perplexity and bits per byte, with the standard error over documents."""
+    return lorikeet.evaluate.evaluate(base.model, examples, packing=base.packing)
+
+
+def answer(base: Base, prompts: Sequence[str], *, max_new_tokens: int = 128) -> list[str]:
+    """Greedy answers to user messages, rendered with the model's own template."""
+    renderer = Renderer(base.tokenizer)
+    messages: list[list[Message]] = [[{"role": "user", "content": text}] for text in prompts]
+    return lorikeet.evaluate.answer(
+        base.model,
+        base.tokenizer,
+        [renderer.prompt(message) for message in messages],
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def save_adapter(base: Base, folder: str | Path, config: LoraConfig) -> None:
+    """Write the adapter in PEFT's format, with the tokenizer beside it.
+
+    Raises:
+        AdapterError: the model carries no adapter, or not the one that `config` describes.
+        StorageError: the disk refused a write.
+    """
+    adapters.save_adapter(
+        base.model,
+        Path(folder),
+        config=config,
+        base_model=base.path,
+        provenance={"base_fingerprint": base.fingerprint},
+        tokenizer=base.tokenizer,
+    )
+
+
+def load_adapter(base: Base, folder: str | Path) -> adapters.AdapterInfo:
+    """Put a saved adapter into the model: every tensor in its place, or an error.
+
+    Raises:
+        AdapterError: the folder cannot be read or does not fit; lists every problem.
+    """
+    return adapters.load_adapter(base.model, Path(folder))

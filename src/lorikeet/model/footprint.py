@@ -1,0 +1,106 @@
+"""What a step of a model costs, found without its weights: saved activations and block time."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from lorikeet.model.attention import IMPLEMENTATION
+
+_FLASH_SHAPE = "lorikeet-footprint"
+_SMALL_VOCABULARY = 256
+
+
+class _FlashFootprint(torch.autograd.Function):
+    """Saves what flash attention saves (q, k, v, output, log-sum-exp) and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:3]).float())
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: object, **options: object
+) -> tuple[Tensor, None]:
+    return _FlashFootprint.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_FLASH_SHAPE, _attend)
+
+
+def saved_bytes_per_token(model: Any, *, tokens: int = 256) -> int:
+    """Bytes of activations that autograd keeps for a token's backward, the head left out.
+
+    Runs the model's body on the meta device and adds up the storages that the graph saves, each
+    once, parameters excepted. Counted at a length where per-token costs dominate.
+
+    Args:
+        model: on the meta device, adapters injected or parameters freed.
+        tokens: length of the row that is run.
+    """
+    model.set_attn_implementation(_FLASH_SHAPE)
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    seen: dict[int, int] = {}
+    kept: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            seen[storage._cdata] = storage.nbytes()
+            kept.append(tensor)  # a freed storage's address would be given out again
+        return tensor
+
+    model.train()
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.base_model(input_ids=ids, use_cache=False)
+    return sum(seen.values()) // tokens
+
+
+def block_model(model: Any, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """One block of `model`'s shape with random weights and a small vocabulary, for timing."""
+    config = deepcopy(model.config)
+    config.num_hidden_layers = 1
+    config.vocab_size = _SMALL_VOCABULARY
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    with torch.random.fork_rng():
+        block = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=IMPLEMENTATION
+        )
+    return block.to(device)
+
+
+def seconds_per_block(model: Any, *, tokens: int = 256, repeats: int = 3) -> float:
+    """Time of one block, forward and backward, for a row of `tokens`; the best of `repeats`.
+
+    Args:
+        model: from `block_model`, adapters injected or parameters freed.
+        tokens: length of the row.
+        repeats: timed runs, after one that warms up.
+    """
+    model.train()
+    ids = torch.arange(tokens, device=next(model.parameters()).device)[None] % _SMALL_VOCABULARY
+    times = []
+    for _ in range(repeats + 1):
+        started = perf_counter()
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden.float().sum().backward()
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        times.append(perf_counter() - started)
+        model.zero_grad(set_to_none=True)
+    return min(times[1:])

@@ -1,0 +1,173 @@
+"""What a run will need, before anything runs: parameters, memory, time.
+
+Parameters are counted and activations added up on the meta device; the time of a step is that of
+one real block of this shape on this machine, times the number of blocks, plus the head at the same
+speed. Neither needs the model's weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from lorikeet.config import RunConfig
+from lorikeet.data import Example, prepare
+from lorikeet.lora import ParameterReport, inject, parameter_report
+from lorikeet.model import choose, empty_model, load_tokenizer
+from lorikeet.model.footprint import block_model, saved_bytes_per_token, seconds_per_block
+
+_LOGIT_COPIES = 3  # float32 logits, their log-softmax, the gradient
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a step.
+
+    Attributes:
+        weights: the base model in its compute type.
+        adapter: float32 masters of A and B.
+        optimizer: AdamW's two moments, gradients, and masters of a low-precision full run.
+        activations: what autograd keeps of the largest micro-batch.
+        logits: the head's output on supervised rows, with its gradient.
+    """
+
+    weights: int
+    adapter: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Tokens of an average step and of its largest micro-batch."""
+
+    step_tokens: float
+    step_supervised: float
+    micro_tokens: int
+    micro_supervised: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer: see `summary`."""
+
+    parameters: ParameterReport
+    memory: Memory
+    workload: Workload
+    seconds_per_step: float
+    dtype: str
+
+    def summary(self) -> dict[str, Any]:
+        """The figures as a JSON-ready dict; memory in bytes."""
+        return {
+            "base": self.parameters.base,
+            "trainable": self.parameters.trainable,
+            "percent": self.parameters.percent,
+            "by_target": self.parameters.by_target,
+            "memory": {**asdict(self.memory), "total": self.memory.total},
+            "seconds_per_step": self.seconds_per_step,
+            "tokens_per_step": self.workload.step_tokens,
+            "dtype": self.dtype,
+        }
+
+
+def plan(config: RunConfig) -> Plan:
+    """Plan a run. Without `data.path` every example is taken to be `data.max_length` long.
+
+    Raises:
+        InputError: the model's configuration cannot be read, or a target matches nothing.
+    """
+    config.require("model.path")
+    machine = choose(
+        device=config.model.device, dtype=config.model.dtype, threads=config.model.threads
+    )
+    model: Any = empty_model(
+        config.model.path,
+        dtype=machine.dtype_name,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    _make_trainable(model, config)
+    parameters = parameter_report(model)
+    workload = _workload(config)
+    memory = _memory(model, parameters, workload, config, size=machine.dtype.itemsize)
+
+    block = block_model(model, dtype=machine.dtype, device=machine.device)
+    _make_trainable(block, config)
+    tokens = min(256, config.data.max_length)
+    block_time = seconds_per_block(block, tokens=tokens) / tokens
+    seconds = _seconds(model, block, block_time, workload)
+    return Plan(parameters, memory, workload, seconds, machine.dtype_name)
+
+
+def _make_trainable(model: nn.Module, config: RunConfig) -> None:
+    if config.train.method == "lora":
+        inject(model, config.lora, seed=config.train.seed)
+    else:
+        model.requires_grad_(True)
+
+
+def _workload(config: RunConfig) -> Workload:
+    batch, longest, budget = (
+        config.train.batch_size,
+        config.data.max_length,
+        config.train.max_tokens,
+    )
+    if not config.data.path:
+        step = batch * longest
+        micro = min(step, max(budget // longest, 1) * longest)
+        return Workload(step, step, micro, micro)
+    tokenizer = load_tokenizer(
+        config.model.path,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    examples = prepare(config.data, tokenizer, seed=config.train.seed).train
+    lengths = sum(len(example.ids) for example in examples) / len(examples)
+    supervised = sum(example.supervised_tokens for example in examples) / len(examples)
+    micro = int(min(batch * _longest(examples), max(budget, _longest(examples))))
+    return Workload(batch * lengths, batch * supervised, micro, int(micro * supervised / lengths))
+
+
+def _longest(examples: list[Example]) -> int:
+    return max(len(example.ids) for example in examples)
+
+
+def _memory(
+    model: nn.Module,
+    parameters: ParameterReport,
+    workload: Workload,
+    config: RunConfig,
+    *,
+    size: int,
+) -> Memory:
+    full = config.train.method == "full"
+    trainable = parameters.trainable
+    masters = 4 * trainable if full and size < 4 else 0
+    gradients = 4 * trainable + (size * trainable if masters else 0)
+    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    row = vocabulary * (4 * _LOGIT_COPIES + (size if size < 4 else 0))
+    return Memory(
+        weights=size * parameters.base,
+        adapter=0 if full else 4 * trainable,
+        optimizer=8 * trainable + masters + gradients,
+        activations=saved_bytes_per_token(model) * workload.micro_tokens,
+        logits=row * workload.micro_supervised,
+    )
+
+
+def _seconds(model: Any, block: Any, block_time: float, workload: Workload) -> float:
+    """Seconds of an average step from the seconds that one block takes for a token."""
+    head = model.get_output_embeddings().weight
+    block_size = sum(p.numel() for p in block.base_model.parameters())
+    head_time = block_time * head.numel() / block_size
+    blocks = model.config.num_hidden_layers * block_time * workload.step_tokens
+    return blocks + head_time * workload.step_supervised

@@ -23,7 +23,7 @@ def generate(
     Prompts are padded on the left; pads are masked and take no position.
 
     Args:
-        model: a causal language model with a cache.
+        model: a causal language model; one without a key-value cache is slow.
         prompts: token ids of each prompt; none may be empty.
         max_new_tokens: stop after this many tokens.
         stop_ids: stop at any of these; the stop token is not returned.
@@ -43,9 +43,11 @@ def generate(
         running = [True] * len(prompts)
         for _ in range(max_new_tokens):
             logits, cache = _advance(model, ids, mask, cache)
-            ids = _choose(logits, temperature, generator)[:, None]
+            chosen = _choose(logits, temperature, generator)[:, None]
+            # Without a cache (state-space models keep their own kind) all is read again.
+            ids = torch.cat([ids, chosen], dim=1) if cache is None else chosen
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
-            for row, token in enumerate(ids[:, 0].tolist()):
+            for row, token in enumerate(chosen[:, 0].tolist()):
                 running[row] = running[row] and token not in stop_ids
                 if running[row]:
                     outputs[row].append(token)
@@ -58,7 +60,7 @@ def generate(
 
 def _advance(
     model: nn.Module, ids: Tensor, mask: Tensor, cache: object | None
-) -> tuple[Tensor, object]:
+) -> tuple[Tensor, object | None]:
     """Feed `ids` [N, L] after the cache; return the last logits [N, V] and the grown cache."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     result = model(
@@ -69,7 +71,7 @@ def _advance(
         use_cache=True,
         logits_to_keep=1,
     )
-    return result.logits[:, -1].float(), result.past_key_values
+    return result.logits[:, -1].float(), getattr(result, "past_key_values", None)
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:

@@ -50,7 +50,7 @@ def _attend(
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     lengths = cu_seq_lens_q.diff().tolist()
-    window = options.get("sliding_window")
+    window = _window(module, options)
     outputs = []
     for q, k, v in zip(
         query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
@@ -58,6 +58,20 @@ def _attend(
         mask = _window_mask(q.shape[2], window, q.device)
         outputs.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
     return torch.cat(outputs, dim=1), None
+
+
+def _window(module: nn.Module, options: dict[str, Any]) -> int | None:
+    """The layer's sliding window, which only a model that hands it over can have in a packed row.
+
+    Raises:
+        ValueError: the model keeps its window (or its chunks) to the mask, which is ignored here.
+    """
+    if "sliding_window" in options:
+        return options["sliding_window"]
+    for name in ("sliding_window", "attention_chunk_size"):
+        if getattr(module.config, name, None) is not None:
+            raise ValueError(f"{type(module).__name__} does not hand its {name} to the attention")
+    return None
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:

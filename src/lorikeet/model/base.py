@@ -15,10 +15,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lorikeet.errors import ModelError
-from lorikeet.model.attention import IMPLEMENTATION
 from lorikeet.model.fingerprint import fingerprint
 from lorikeet.model.machine import DTYPES, Machine, choose
-from lorikeet.model.packing import can_pack
+from lorikeet.model.packing import enable_packing
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -84,7 +83,6 @@ def load_model(
         AutoModelForCausalLM.from_pretrained,
         source,
         dtype=machine.dtype,
-        attn_implementation=IMPLEMENTATION,
         output_loading_info=True,
         **options,
     )
@@ -120,9 +118,7 @@ def init_model(folder: str | Path, *, seed: int, dtype: str = "fp32", device: st
     config = _call(AutoConfig.from_pretrained, source, **options)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=machine.dtype, attn_implementation=IMPLEMENTATION
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=machine.dtype)
     return _ready(model, tokenizer, source, machine)
 
 
@@ -150,9 +146,7 @@ def empty_model(
 
 def _ready(model: Any, tokenizer: Any, source: str, machine: Machine) -> Base:
     model.to(machine.device).eval()
-    packing = can_pack(model, device=machine.device)
-    if not packing:  # its own attention, one document per row
-        model.set_attn_implementation("eager")
+    packing = enable_packing(model, device=machine.device)
     return Base(model, tokenizer, source, machine, fingerprint(model), packing)
 
 

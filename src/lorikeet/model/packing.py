@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from lorikeet.data.batch import pack
 from lorikeet.data.example import Example
+from lorikeet.model.attention import IMPLEMENTATION
 from lorikeet.model.loss import token_nll
+
+
+def enable_packing(model: Any, *, device: torch.device) -> bool:
+    """Give a transformers model the packed attention if it can have it, else leave it its own.
+
+    Ours is built on SDPA: a model that does not support that (soft-capped scores, attention sinks,
+    ALiBi, no attention at all) or whose attention cannot be exchanged computes something else.
+    """
+    if not (model._supports_sdpa and model._supports_attention_backend):
+        return False
+    own = model.config._attn_implementation
+    model.set_attn_implementation(IMPLEMENTATION)
+    if can_pack(model, device=device):
+        return True
+    model.set_attn_implementation(own)
+    return False
 
 
 def can_pack(model: nn.Module, *, device: torch.device) -> bool:

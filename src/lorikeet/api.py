@@ -118,7 +118,7 @@ def answer(base: Base, prompts: Sequence[str], *, max_new_tokens: int = 128) -> 
     messages: list[list[Message]] = [[{"role": "user", "content": text}] for text in prompts]
     return lorikeet.evaluate.answer(
         base.model,
-        base.tokenizer,
+        renderer,
         [renderer.prompt(message) for message in messages],
         max_new_tokens=max_new_tokens,
     )

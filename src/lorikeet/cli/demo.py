@@ -102,7 +102,7 @@ def _ask(out: Path) -> tuple[dict[str, dict[str, float]], list[Sample]]:
 
     def ask(rows: list[Turns]) -> list[str]:
         prompts = [renderer.prompt(row.prompt) for row in rows]
-        return answer(base.model, base.tokenizer, prompts)
+        return answer(base.model, renderer, prompts)
 
     before = {style: _share_exact(ask(rows), rows) for style, rows in tests.items()}
     texts = {"base": ask(shown)}

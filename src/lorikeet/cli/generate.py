@@ -39,9 +39,7 @@ def run(args: argparse.Namespace) -> int:
         subject.renderer.prompt(text if args.raw else [{"role": "user", "content": text}])
         for text in prompts
     ]
-    answers = answer(
-        subject.base.model, subject.base.tokenizer, ids, max_new_tokens=args.max_new_tokens
-    )
+    answers = answer(subject.base.model, subject.renderer, ids, max_new_tokens=args.max_new_tokens)
     if args.json:
         pairs = [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]
         console.out.print_json(json.dumps({"answers": pairs}))

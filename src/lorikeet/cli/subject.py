@@ -83,13 +83,13 @@ def _warn_of_mismatch(info: AdapterInfo, base: Base, renderer: Renderer) -> None
 
 def answer_side_by_side(subject: Subject, prepared: Prepared, *, n: int) -> list[Sample]:
     """Answer rows of the data; with an adapter also with the base alone."""
-    model, tokenizer = subject.base.model, subject.base.tokenizer
-    asked = questions(prepared, subject.renderer, n=n)
+    model, renderer = subject.base.model, subject.renderer
+    asked = questions(prepared, renderer, n=n)
     prompts = [ids for _, _, ids in asked]
-    answers = {"adapter" if subject.adapter else "model": answer(model, tokenizer, prompts)}
+    answers = {"adapter" if subject.adapter else "model": answer(model, renderer, prompts)}
     if subject.adapter:
         with disabled(model):
-            answers = {"base": answer(model, tokenizer, prompts), **answers}
+            answers = {"base": answer(model, renderer, prompts), **answers}
     return [
         Sample(prompt, reference, {name: texts[i] for name, texts in answers.items()})
         for i, (prompt, reference, _) in enumerate(asked)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
+from lorikeet.data import Renderer
 from lorikeet.generate import generate
 
 
@@ -30,34 +31,31 @@ class Sample:
         return asdict(self)
 
 
-def stop_ids(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Every token that ends an answer: the tokenizer's EOS and those of the generation config."""
-    found = {tokenizer.eos_token_id}
+def stop_ids(model: nn.Module, renderer: Renderer) -> set[int]:
+    """Every token that ends an answer: the template's, the tokenizer's, the generation config's."""
     configured = model.generation_config.eos_token_id  # type: ignore[union-attr]
-    found |= set(configured) if isinstance(configured, list) else {configured}
-    return {token for token in found if isinstance(token, int)}
+    others = configured if isinstance(configured, list) else [configured]
+    return {*renderer.stop_ids(), *(token for token in others if isinstance(token, int))}
 
 
 def answer(
     model: nn.Module,
-    tokenizer: Any,
+    renderer: Renderer,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 64,
-    stops: Collection[int] | None = None,
     batch_size: int = 16,
 ) -> list[str]:
     """Greedy answers to rendered prompts, as text.
 
     Args:
         model: the model, with or without an adapter.
-        tokenizer: decodes the answers.
-        prompts: token ids of each prompt, as `Renderer.prompt` gives them.
+        renderer: made the prompts; knows the tokens that end a turn.
+        prompts: token ids of each prompt, from `renderer.prompt`.
         max_new_tokens: longest answer.
-        stops: tokens that end an answer; `stop_ids(model, tokenizer)` if None.
         batch_size: prompts generated together.
     """
-    ends = stop_ids(model, tokenizer) if stops is None else stops
+    ends = stop_ids(model, renderer)
     texts: list[str] = []
     for first in range(0, len(prompts), batch_size):
         outputs = generate(
@@ -66,5 +64,10 @@ def answer(
             max_new_tokens=max_new_tokens,
             stop_ids=ends,
         )
-        texts += [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in outputs]
+        texts += [
+            renderer.tokenizer.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ).strip()
+            for ids in outputs
+        ]
     return texts

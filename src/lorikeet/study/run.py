@@ -85,12 +85,12 @@ def train_run(config: RunConfig, *, resume: bool = False, label: str = "training
 
     before = score(base, prepared, config)
     asked = questions(prepared, renderer, n=SAMPLES)
-    first_answers = answer(base.model, base.tokenizer, [ids for _, _, ids in asked])
+    first_answers = answer(base.model, renderer, [ids for _, _, ids in asked])
     state = _train(
         base, config, setup, folder, label=label, validate=_validator(base, prepared, config)
     )
     after = score(base, prepared, config)
-    last_answers = answer(base.model, base.tokenizer, [ids for _, _, ids in asked])
+    last_answers = answer(base.model, renderer, [ids for _, _, ids in asked])
     method = config.train.method
     result = RunResult(
         folder=folder,

@@ -20,7 +20,7 @@ from lorikeet.train.optimizer import Optimizer
 from lorikeet.train.state import TrainState
 
 SETTLING_STEPS = 3
-"""Steps after which every trainable tensor must have had a gradient: B moves in the first step,
+"""Updates after which every trainable tensor must have had a gradient: B moves in the first step,
 A in the second (while B is zero, so is A's gradient)."""
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -76,12 +76,11 @@ def fit(
         The state after the last step.
 
     Raises:
-        TrainingError: the loss is not finite, a step has nothing to supervise, or a trainable
-            tensor gets no gradient.
+        TrainingError: a loss or a gradient is not finite, a step has nothing to supervise, or a
+            trainable tensor gets no gradient.
     """
     state = state or TrainState()
     hooks = hooks or Hooks()
-    settled = state.step + SETTLING_STEPS
     model.train()
     try:
         while state.step < total_steps and not state.stopped:
@@ -89,7 +88,7 @@ def fit(
             line = _step(model, optimizer, batches(state.step), learning_rate=rate, loss=loss)
             state.step += 1
             hooks.record({"step": state.step, **line})
-            if state.step == settled:
+            if optimizer.updates == SETTLING_STEPS:
                 _refuse_idle_tensors(optimizer)
             last = state.step == total_steps
             if hooks.validate and (last or _due(state.step, hooks.eval_every)):
@@ -152,7 +151,12 @@ def _due(step: int, every: int | None) -> bool:
 def _validate(state: TrainState, hooks: Hooks) -> None:
     assert hooks.validate is not None
     nll = hooks.validate()
-    hooks.record({"step": state.step, "eval_nll": nll, "eval_perplexity": math.exp(nll)})
+    if not math.isfinite(nll):
+        raise TrainingError(
+            f"the validation loss of step {state.step} is not finite. Try a lower learning rate or"
+            " --model.dtype fp32"
+        )
+    hooks.record({"step": state.step, "eval_nll": nll, "eval_perplexity": _perplexity(nll)})
     if nll < state.best_nll:
         state.best_nll, state.best_step, state.worse = nll, state.step, 0
         if hooks.improved:
@@ -160,3 +164,10 @@ def _validate(state: TrainState, hooks: Hooks) -> None:
     else:
         state.worse += 1
         state.stopped = hooks.patience is not None and state.worse >= hooks.patience
+
+
+def _perplexity(nll: float) -> float:
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf

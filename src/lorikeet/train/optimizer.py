@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorikeet.errors import TrainingError
+
 
 class Optimizer:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with gradient clipping.
@@ -16,7 +18,8 @@ class Optimizer:
     fine-tuning in bf16) get a float32 master, because bf16 would round small updates away; their
     gradients are added up in float32 and the result is copied back once a step.
 
-    `moved` names the parameters that have had a gradient other than zero so far.
+    `moved` names the parameters that have had a gradient other than zero so far, `updates` counts
+    the updates of this process (with loss scaling a step that overflows makes none).
 
     Args:
         parameters: name to trainable parameter.
@@ -46,6 +49,7 @@ class Optimizer:
         device = next(iter(self.masters.values())).device.type
         self._scaler = torch.amp.GradScaler(device, enabled=loss_scaling)
         self.moved: set[str] = set()
+        self.updates = 0
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss` (a scalar) to what this step has gathered."""
@@ -60,11 +64,21 @@ class Optimizer:
             parameter.grad = None
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update, clear the gradients; return the gradient norm before clipping."""
+        """Clip, update, clear the gradients; return the gradient norm before clipping.
+
+        Raises:
+            TrainingError: the gradient is not finite and loss scaling is off; nothing is updated.
+        """
         self._note_moved()
         self._scaler.unscale_(self._adamw)
         gradients = [m.grad for m in self.masters.values() if m.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        finite = bool(norm.isfinite())
+        if not finite and not self._scaler.is_enabled():
+            raise TrainingError(
+                "the gradient is not finite; the weights of the last step are kept."
+                " Try a lower learning rate or --model.dtype fp32"
+            )
         if self.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.max_grad_norm, norm)
         for group in self._adamw.param_groups:
@@ -73,6 +87,7 @@ class Optimizer:
         self._scaler.update()
         self._adamw.zero_grad(set_to_none=True)
         self._publish()
+        self.updates += finite
         return float(norm)
 
     def _note_moved(self) -> None:

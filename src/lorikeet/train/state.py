@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,14 +71,14 @@ class Checkpoints:
         """Load the newest checkpoint into the optimizer and the generators; None without one.
 
         Raises:
-            TrainingError: the checkpoint is not of this run's parameters.
+            TrainingError: the checkpoint is damaged, or not of this run's parameters.
         """
         if self.folder.is_dir():
             remove_drafts(self.folder)
         found = self._all()
         if not found:
             return None
-        content = torch.load(found[-1] / "state.pt", weights_only=True)
+        content = _read(found[-1] / "state.pt")
         saved = content["optimizer"]["masters"]
         if {n: m.shape for n, m in saved.items()} != {
             n: m.shape for n, m in optimizer.masters.items()
@@ -98,7 +99,7 @@ class Checkpoints:
     @torch.no_grad()
     def restore_best(self, optimizer: Optimizer) -> None:
         """Put the best weights back into the model."""
-        optimizer.load_masters(torch.load(self.folder / "best" / "masters.pt", weights_only=True))
+        optimizer.load_masters(_read(self.folder / "best" / "masters.pt"))
 
     def _all(self) -> list[Path]:
         """Complete checkpoints, oldest first (a removed one may linger as an empty folder)."""
@@ -116,6 +117,17 @@ def _write(content: dict[str, Any], path: Path) -> None:
             raise
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """The tensors arrive on the CPU, whatever device wrote them."""
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise TrainingError(
+            f"{path} is damaged; remove the folder {path.parent} to go on from what is before it"
+        ) from error
+    return content
+
+
 def _random_states() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     states: dict[str, Any] = {
@@ -131,5 +143,5 @@ def _restore_random(states: dict[str, Any]) -> None:
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(states["torch"])
-    if "cuda" in states:
+    if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states["cuda"])

@@ -29,9 +29,16 @@ def _parse_mapping(value: object) -> object:
     """A flag gives `{q_proj: 8}` or `q_proj=8,k_proj=4`; a YAML file gives a mapping."""
     if not isinstance(value, str):
         return value
+    expected = f"expected q_proj=8,k_proj=4 or {{q_proj: 8}}, found {value!r}"
     if value.lstrip().startswith("{"):
-        return yaml.safe_load(value)
-    return dict(part.split("=", 1) for part in value.split(",") if "=" in part)
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(expected) from None
+    parts = [part.rpartition("=") for part in value.split(",") if part.strip()]
+    if not all(key for key, _, _ in parts):
+        raise ValueError(expected)
+    return {key.strip(): size.strip() for key, _, size in parts}
 
 
 def _parse_layers(value: object) -> object:
@@ -45,7 +52,10 @@ def _parse_layers(value: object) -> object:
         first, _, last = part.partition("-")
         if not (first.strip().isdigit() and (not last or last.strip().isdigit())):
             raise ValueError(f"expected layers such as '0,3' or '2-5', found {value!r}")
-        layers.extend(range(int(first), int(last or first) + 1))
+        numbers = range(int(first), int(last or first) + 1)
+        if not numbers:
+            raise ValueError(f"{part.strip()} runs backwards; expected layers such as '2-5'")
+        layers.extend(numbers)
     return layers
 
 
@@ -81,7 +91,9 @@ FloatMap = Annotated[dict[str, float], BeforeValidator(_parse_mapping)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelConfig(_Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 from lorikeet.errors import StorageError
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_RUST_REASON = re.compile(r"([^:]+) \(os error (\d+)\)")
 
 
 @contextmanager
@@ -22,15 +24,29 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn the system's refusal to write below `path` into a `StorageError`."""
     try:
         yield
-    except OSError as error:
-        if isinstance(error, StorageError):
+    except Exception as error:
+        refusal = _refusal(error)
+        if refusal is None:
             raise
-        reason = error.strerror or str(error)
-        advice = "free some space" if error.errno in _DISK_FULL else "check the folder"
+        number, reason = refusal
+        advice = "free some space" if number in _DISK_FULL else "check the folder"
         raise StorageError(
             f"cannot write {path}: {reason}; {advice} and run the same command again"
             " (nothing that was there before is lost)"
         ) from error
+
+
+def _refusal(error: Exception) -> tuple[int | None, str] | None:
+    """Number and words of the system's error, or None for an error of another kind.
+
+    safetensors and tokenizers, which are Rust, raise exceptions of their own with both in the text.
+    """
+    if isinstance(error, StorageError):
+        return None
+    if isinstance(error, OSError):
+        return error.errno, error.strerror or str(error)
+    found = _RUST_REASON.search(str(error))
+    return (int(found[2]), found[1].strip()) if found else None
 
 
 @contextmanager
@@ -66,7 +82,11 @@ def _replace_folder(draft: Path, path: Path) -> None:
     else:
         old = draft.with_suffix(".old")
         path.rename(old)
-        draft.rename(path)
+        try:
+            draft.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     _sync(path.parent)
 

@@ -1,0 +1,88 @@
+"""A tiny Llama with packed attention, ragged examples, and what `fit` needs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lorikeet.config import LoraConfig
+from lorikeet.data import Example
+from lorikeet.lora import inject, lora_parameters
+from lorikeet.model.packing import enable_packing
+
+VOCABULARY = 61
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., LlamaForCausalLM]:
+    """Build a random Llama; weights large enough that what it reads matters."""
+
+    def build(*, tied: bool = True, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            tie_word_embeddings=tied,
+        )
+        model = LlamaForCausalLM(config).eval()
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.3, generator=generator)
+        assert enable_packing(model, device=torch.device("cpu"))
+        return model.to(dtype)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def adapted() -> Callable[..., nn.Module]:
+    """Inject LoRA; with `moved` neither A nor B is zero."""
+
+    def build(model: nn.Module, *, moved: bool = True, **options: Any) -> nn.Module:
+        inject(model, LoraConfig(**{"r": 4, "alpha": 8.0, **options}), seed=3)
+        if moved:
+            generator = torch.Generator().manual_seed(2)
+            for parameter in lora_parameters(model).values():
+                nn.init.normal_(parameter, std=0.2, generator=generator)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def ragged() -> Callable[..., list[Example]]:
+    """Random documents of different lengths, each with its own irregular mask."""
+
+    def make(
+        n: int, *, seed: int = 0, longest: int = 14, vocabulary: int = VOCABULARY
+    ) -> list[Example]:
+        draw = random.Random(seed)
+        examples = []
+        for index in range(n):
+            length = draw.randint(3, longest)
+            mask = [False] + [draw.random() < 0.6 for _ in range(length - 1)]
+            mask[draw.randrange(1, length)] = True
+            ids = tuple(draw.randrange(1, vocabulary) for _ in range(length))
+            examples.append(Example(ids, tuple(mask), 3 * sum(mask), f"row {index}"))
+        return examples
+
+    return make

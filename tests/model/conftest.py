@@ -23,7 +23,6 @@ from transformers import (
     MistralConfig,
     OPTConfig,
     PhiConfig,
-    PhimoeConfig,
     PretrainedConfig,
     Qwen2Config,
 )
@@ -62,7 +61,6 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "falcon": lambda: FalconConfig(**_COMMON),
     "gpt-oss": lambda: GptOssConfig(**_LLAMA, **_EXPERTS, head_dim=8, sliding_window=5),
-    "phimoe": lambda: PhimoeConfig(**_LLAMA, num_local_experts=4, router_jitter_noise=0.0),
 }
 
 

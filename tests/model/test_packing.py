@@ -21,7 +21,7 @@ from lorikeet.train import Hooks, fit, set_up
 
 CPU = torch.device("cpu")
 PACK = ["llama", "mistral", "qwen2", "gpt2", "opt", "gemma", "gemma3", "phi", "gpt-neox"]
-ALONE = ["bloom", "gemma2", "mamba", "falcon", "gpt-oss", "phimoe"]
+ALONE = ["bloom", "gemma2", "mamba", "falcon", "gpt-oss"]
 
 Build = Callable[[str], Any]
 

@@ -26,7 +26,8 @@ def token_nll(model: nn.Module, batch: Batch) -> Tensor:
     if len(batch.lengths) == 1:  # what every architecture understands
         inputs = {"input_ids": batch.ids[None], "use_cache": False}
     else:
-        inputs = packed_inputs(batch.ids, batch.positions, batch.cu_seqlens)
+        dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        inputs = packed_inputs(batch.ids, batch.positions, batch.lengths, dtype=dtype)
     logits = model(**inputs, logits_to_keep=batch.rows).logits[0]
     if logits.shape[0] != batch.rows.shape[0]:  # a model that keeps every row whatever it is told
         logits = logits[batch.rows]

@@ -1,0 +1,112 @@
+"""From examples and options to what `fit` takes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lorikeet.config import TrainConfig
+from lorikeet.data import Example
+from lorikeet.train import set_up
+
+
+@pytest.fixture
+def model(tiny: Callable[..., Any], adapted: Callable[..., nn.Module]) -> nn.Module:
+    return adapted(tiny())
+
+
+def test_only_adapters_are_trained(model: nn.Module, ragged: Callable[..., list[Example]]) -> None:
+    optimizer = set_up(model, ragged(4), TrainConfig()).optimizer
+    assert all("lora_" in name for name in optimizer.parameters)
+    assert len(optimizer.parameters) == 2 * 2 * 7
+
+
+def test_tied_weights_are_trained_once(tiny: Callable[..., Any]) -> None:
+    untied, tied = (
+        len(set_up(tiny(tied=tied), [_example()], TrainConfig()).optimizer.parameters)
+        for tied in (False, True)
+    )
+    assert untied == tied + 1
+
+
+def _example() -> Example:
+    return Example((1, 2), (False, True), 1, "row")
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"epochs": 1}, 4),
+        ({"epochs": 2.5}, 10),
+        ({"epochs": 0.1}, 1),
+        ({"epochs": 3, "max_steps": 7}, 7),
+        ({"batch_size": 10}, 1),
+    ],
+)
+def test_how_many_steps(
+    model: nn.Module, ragged: Callable[..., list[Example]], options: dict[str, Any], steps: int
+) -> None:
+    setup = set_up(model, ragged(10), TrainConfig(**{"batch_size": 3, **options}))
+    assert setup.total_steps == setup.schedule.total_steps == steps
+
+
+def test_an_epoch_shows_every_example_once(
+    model: nn.Module, ragged: Callable[..., list[Example]]
+) -> None:
+    examples = ragged(10)
+    for max_tokens, packing in ((8, True), (30, True), (4096, True), (4096, False)):
+        config = TrainConfig(batch_size=3, max_tokens=max_tokens)
+        steps = set_up(model, examples, config, packing=packing).steps
+        batches = [batch for step in range(4) for batch in steps(step)]
+        seen = [tuple(ids) for b in batches for ids in _documents(b)]
+        assert sorted(seen) == sorted(example.ids for example in examples)
+        assert packing or all(len(batch.lengths) == 1 for batch in batches)
+        assert all(b.tokens <= max_tokens or len(b.lengths) == 1 for b in batches)
+
+
+def _documents(batch: Any) -> list[list[int]]:
+    return [ids.tolist() for ids in batch.ids.split(batch.lengths)]
+
+
+def test_the_layout_is_no_part_of_the_experiment(
+    model: nn.Module, ragged: Callable[..., list[Example]]
+) -> None:
+    examples = ragged(10)
+    wide, narrow = (
+        set_up(model, examples, TrainConfig(batch_size=4, max_tokens=size)).steps
+        for size in (4096, 8)
+    )
+    for step in range(6):
+        shown = [
+            sorted(tuple(ids) for batch in steps(step) for ids in _documents(batch))
+            for steps in (wide, narrow)
+        ]
+        assert shown[0] == shown[1]
+
+
+def test_the_seed_is_everything(model: nn.Module, ragged: Callable[..., list[Example]]) -> None:
+    drawn = []
+    for seed in (4, 4, 5):
+        torch.manual_seed(random.randrange(1000))
+        steps = set_up(model, ragged(10), TrainConfig(batch_size=4, seed=seed)).steps
+        drawn.append((steps.order.indices(0), torch.rand(2).tolist(), random.random()))
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(("method", "peak"), [("lora", 2e-4), ("full", 2e-5)])
+def test_default_learning_rates(
+    model: nn.Module, ragged: Callable[..., list[Example]], method: Any, peak: float
+) -> None:
+    assert set_up(model, ragged(4), TrainConfig(method=method)).schedule.peak == peak
+
+
+def test_fp16_scales_its_losses(tiny: Callable[..., Any]) -> None:
+    optimizer = set_up(tiny(dtype=torch.float16), [_example()], TrainConfig()).optimizer
+    assert optimizer.state_dict()["scaler"]["scale"] == 65536
+    optimizer = set_up(tiny(dtype=torch.bfloat16), [_example()], TrainConfig()).optimizer
+    assert optimizer.state_dict()["scaler"] == {}

@@ -73,8 +73,7 @@ class Checkpoints:
         Raises:
             TrainingError: the checkpoint is damaged, or not of this run's parameters.
         """
-        if self.folder.is_dir():
-            remove_drafts(self.folder)
+        self._tidy()
         found = self._all()
         if not found:
             return None
@@ -101,8 +100,16 @@ class Checkpoints:
         """Put the best weights back into the model."""
         optimizer.load_masters(_read(self.folder / "best" / "masters.pt"))
 
+    def _tidy(self) -> None:
+        """Remove what a kill left: drafts, and a checkpoint of which only the folder is there."""
+        if self.folder.is_dir():
+            remove_drafts(self.folder)
+        for emptied in self.folder.glob("step-*"):
+            if emptied.is_dir() and not any(emptied.iterdir()):
+                emptied.rmdir()
+
     def _all(self) -> list[Path]:
-        """Complete checkpoints, oldest first (a removed one may linger as an empty folder)."""
+        """Complete checkpoints, oldest first."""
         return sorted(file.parent for file in self.folder.glob("step-*/state.pt"))
 
 

@@ -144,8 +144,7 @@ def test_what_a_kill_left_is_not_restored(setup: Setup, tmp_path: Path) -> None:
     half.mkdir()
     (half / "state.pt").write_bytes(b"half a file")
     assert checkpoints.restore(setup.optimizer) == TrainState(step=3)
-    assert "step-00000003" in names(tmp_path)
-    assert not half.exists()
+    assert names(tmp_path) == ["step-00000003"]
     checkpoints.save(TrainState(step=6), setup.optimizer)
     assert checkpoints.restore(setup.optimizer) == TrainState(step=6)
 

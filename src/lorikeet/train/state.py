@@ -63,9 +63,7 @@ class Checkpoints:
         }
         with atomic_folder(self.folder / f"step-{state.step:08d}") as draft:
             _write(content, draft / "state.pt")
-        for old in self._all()[: -self.keep_last]:
-            (old / "state.pt").unlink(missing_ok=True)
-            old.rmdir()
+        self._prune()
 
     def restore(self, optimizer: Optimizer) -> TrainState | None:
         """Load the newest checkpoint into the optimizer and the generators; None without one.
@@ -100,13 +98,19 @@ class Checkpoints:
         """Put the best weights back into the model."""
         optimizer.load_masters(_read(self.folder / "best" / "masters.pt"))
 
+    def _prune(self) -> None:
+        for old in self._all()[: -self.keep_last]:
+            (old / "state.pt").unlink(missing_ok=True)
+            old.rmdir()
+
     def _tidy(self) -> None:
-        """Remove what a kill left: drafts, and a checkpoint of which only the folder is there."""
+        """Remove what a kill left: drafts, and checkpoints removed by half or not yet."""
         if self.folder.is_dir():
             remove_drafts(self.folder)
         for emptied in self.folder.glob("step-*"):
             if emptied.is_dir() and not any(emptied.iterdir()):
                 emptied.rmdir()
+        self._prune()
 
     def _all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import random
+import sys
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lorikeet.config import LoraConfig
 from lorikeet.data import Example
 from lorikeet.lora import inject, lora_parameters
 from lorikeet.model.packing import enable_packing
+
+# The harness of whole runs is imported by its name, here and in the processes that it starts.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from whole_runs import Straight, Task, result, run
 
 VOCABULARY = 61
 
@@ -86,3 +96,39 @@ def ragged() -> Callable[..., list[Example]]:
         return examples
 
     return make
+
+
+@pytest.fixture(scope="session")
+def task(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Task:
+    folder = tmp_path_factory.mktemp("task")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:57]
+    tokens = ["<s>", "</s>", "<unk>", *alphabet]
+    bpe = models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>")
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder / "model")
+    tiny(tied=True).save_pretrained(folder / "model")
+    draw = random.Random(0)
+    rows = [
+        {"prompt": f"{a} PLUS {b}", "completion": str(a + b)}
+        for a, b in ((draw.randrange(50), draw.randrange(50)) for _ in range(25))
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Task(folder / "model", folder / "rows.jsonl")
+
+
+@pytest.fixture(scope="session")
+def straight(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    """What a run that nobody kills ends in."""
+
+    @cache
+    def found(method: str) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("straight")
+        assert run(task.arguments(folder / "run", method), folder / "log") == 0
+        return result(folder / "run")
+
+    return found

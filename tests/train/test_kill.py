@@ -2,149 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
-from lorikeet.cli.main import main
-
-STEPS = 6
-OPTIONS = {
-    "model.dtype": "fp32",
-    "model.device": "cpu",
-    "model.threads": "1",
-    "lora.r": "4",
-    "lora.dropout": "0.1",
-    "data.validation": "0.2",
-    "train.batch_size": "4",
-    "train.learning_rate": "0.02",
-    "train.save_every": "1",
-    "train.eval_every": "2",
-    "train.patience": "9",
-}
-# What changes a file or a folder; the system call follows the event.
-CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "open"}
-
-# A process of its own for every run, forked from one that has torch imported already.
-_server = get_context("forkserver")
-_server.set_forkserver_preload(["lorikeet.study", "lorikeet.cli.train", "tokenizers"])
-
-
-Straight = Callable[[str], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Task:
-    """A model folder and a data file."""
-
-    model: Path
-    data: Path
-
-    def arguments(
-        self, out: Path, method: str, *, steps: int = STEPS, resume: bool = False
-    ) -> list[str]:
-        words = ["train", "--model", str(self.model), "--data", str(self.data), "--out", str(out)]
-        words += ["--method", method, "--train.max_steps", str(steps)]
-        words += [word for name, value in OPTIONS.items() for word in (f"--{name}", value)]
-        return [*words, "--resume"] if resume else words
-
-
-@pytest.fixture(scope="module")
-def task(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Task:
-    folder = tmp_path_factory.mktemp("task")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:57]
-    tokens = ["<s>", "</s>", "<unk>", *alphabet]
-    bpe = models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>")
-    tokenizer = Tokenizer(bpe)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    fast.save_pretrained(folder / "model")
-    tiny(tied=True).save_pretrained(folder / "model")
-    draw = random.Random(0)
-    rows = [
-        {"prompt": f"{a} PLUS {b}", "completion": str(a + b)}
-        for a, b in ((draw.randrange(50), draw.randrange(50)) for _ in range(25))
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Task(folder / "model", folder / "rows.jsonl")
-
-
-@pytest.fixture(scope="module")
-def straight(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Straight:
-    """What a run that nobody kills ends in."""
-
-    @cache
-    def found(method: str) -> dict[str, Any]:
-        folder = tmp_path_factory.mktemp("straight")
-        assert run(task.arguments(folder / "run", method), folder / "log") == 0
-        return result(folder / "run")
-
-    return found
-
-
-def result(out: Path) -> dict[str, Any]:
-    """Everything that a run leaves, but times."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    receipt = json.loads((out / "receipt.json").read_text())
-    left = {
-        str(path.relative_to(out)): path.read_bytes()
-        for path in sorted(out.rglob("*"))
-        if path.is_file() and path.suffix in (".safetensors", ".jsonl")
-        if path.name != "metrics.jsonl"
-    }
-    left["files"] = sorted(str(path.relative_to(out)) for path in out.rglob("*"))
-    left["metrics"] = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
-    left["result"] = {
-        k: v for k, v in receipt["result"].items() if k not in ("seconds", "peak_memory")
-    }
-    return left
-
-
-def child(arguments: Sequence[str], log: Path, folder: str, doomed: int) -> None:
-    """Run the command; die right before the change number `doomed` below `folder`."""
-    with log.open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    seen = 0
-
-    def watch(event: str, values: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if event in CHANGES and isinstance(values[0], str | os.PathLike):
-            if event == "open" and not values[2] & (os.O_WRONLY | os.O_RDWR):
-                return
-            if folder in os.fspath(values[0]):
-                seen += 1
-                if seen == doomed:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-    if doomed:
-        sys.addaudithook(watch)
-    sys.exit(main(arguments))
-
-
-def run(arguments: Sequence[str], log: Path, folder: str = "", doomed: int = 0) -> int:
-    process = _server.Process(target=child, args=(arguments, log, folder, doomed))
-    process.start()
-    process.join(120)
-    assert process.exitcode is not None
-    return process.exitcode
+from whole_runs import Command, Fate, Forked, Straight, Task, kill, result, run
 
 
 def finish(task: Task, out: Path, method: str, log: Path) -> None:
@@ -159,7 +25,7 @@ def die_everywhere(
     for deaths, doomed in enumerate(numbers):
         here = out / f"at {doomed}"
         log = out / f"log {doomed}"
-        code = run(task.arguments(here, method), log, str(here), doomed)
+        code = run(task.arguments(here, method), log, Fate(doomed, here, kill))
         if code == 0:
             return deaths
         assert code == -signal.SIGKILL, log.read_text()
@@ -188,51 +54,12 @@ def test_killed_again_and_again(task: Task, tmp_path: Path, straight: Straight) 
     out, log = tmp_path / "run", tmp_path / "log"
     for doomed in range(1, 41):
         resume = (out / "config.yaml").is_file()
-        code = run(task.arguments(out, "lora", resume=resume), log, str(out), doomed)
+        code = run(task.arguments(out, "lora", resume=resume), log, Fate(doomed, out, kill))
         if code == 0:
             break
         assert code == -signal.SIGKILL, log.read_text()
     finish(task, out, "lora", log)
     assert result(out) == straight("lora")
-
-
-class Forked:
-    """A run in a process that has torch imported already."""
-
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
-        self._process = _server.Process(target=child, args=(arguments, log, "", 0))
-        self._process.start()
-
-    def alive(self) -> bool:
-        return self._process.is_alive()
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.join()
-
-    def wait(self) -> int | None:
-        self._process.join(120)
-        return self._process.exitcode
-
-
-class Command:
-    """The command as users run it."""
-
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
-        with log.open("a") as file:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "lorikeet", *arguments], stdout=file, stderr=file
-            )
-
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def wait(self) -> int | None:
-        return self._process.wait(120)
 
 
 @pytest.mark.parametrize(

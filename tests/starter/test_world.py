@@ -1,0 +1,139 @@
+"""The world: one seed, one stream; and held-out content never reaches training."""
+
+from __future__ import annotations
+
+import json
+import zlib
+
+import pytest
+
+from lorikeet.starter import words
+from lorikeet.starter.instance import HOLD_OUT_ONE_IN, is_held_out
+from lorikeet.starter.relations import RELATIONS, Fact
+from lorikeet.starter.world import EXACT_TASKS, TASKS, stream
+
+N = 4000
+
+
+def test_the_same_seed_gives_the_same_instances() -> None:
+    assert list(stream(3, 200)) == list(stream(3, 200))
+
+
+def test_another_seed_gives_other_instances() -> None:
+    assert list(stream(3, 50)) != list(stream(4, 50))
+
+
+def test_the_stream_is_what_it_was() -> None:
+    """The shipped model was trained on this stream: a change here means training it again."""
+    said = "\n".join(repr(instance.conversation) for instance in stream(0, 300))
+    assert zlib.crc32(said.encode()) == 3097728590
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_every_task_is_present_about_as_often_as_its_weight(held_out: bool) -> None:
+    counts = dict.fromkeys(TASKS, 0)
+    for instance in stream(1, N, held_out=held_out):
+        counts[instance.task] += 1
+    total = sum(task.weight for task in TASKS.values())
+    for name, task in TASKS.items():
+        expected = N * task.weight / total
+        assert abs(counts[name] - expected) < 5 * expected**0.5 + 1, name
+
+
+def test_a_choice_of_tasks_is_kept() -> None:
+    assert {instance.task for instance in stream(0, 60, tasks=("sort", "who"))} == {"sort", "who"}
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_all_content_of_an_instance_is_on_its_side_of_the_rule(held_out: bool) -> None:
+    for instance in stream(5, N // 2, held_out=held_out, tasks=EXACT_TASKS):
+        assert instance.keys
+        assert all(is_held_out(key) == held_out for key in instance.keys)
+
+
+def test_no_content_and_no_question_is_both_trained_on_and_held_out() -> None:
+    trained = list(stream(0, N, tasks=EXACT_TASKS))
+    held_out = list(stream(0, N, held_out=True, tasks=EXACT_TASKS))
+    assert not {k for i in trained for k in i.keys} & {k for i in held_out for k in i.keys}
+    asked = {
+        instance.messages[-1]["content"] for instance in trained if instance.task != "follow_up"
+    }
+    assert not asked & {
+        instance.messages[-1]["content"] for instance in held_out if instance.task != "follow_up"
+    }
+
+
+def test_the_rule_holds_out_one_key_in_ten() -> None:
+    share = sum(is_held_out(f"text|{number}") for number in range(20_000)) / 20_000
+    assert abs(share * HOLD_OUT_ONE_IN - 1) < 0.1
+
+
+@pytest.mark.parametrize("relation", RELATIONS, ids=lambda relation: relation.name)
+def test_a_fact_appears_in_each_of_its_sentences_and_questions(relation) -> None:
+    fact = Fact("Pip", relation, "OBJECT")
+    assert fact.sentence.startswith("Pip ") and fact.sentence.endswith("OBJECT.")
+    assert all(
+        "Pip" in fact.phrase(says) and "OBJECT" in fact.phrase(says) for says in relation.says
+    )
+    assert all("Pip" in fact.phrase(ask) and "OBJECT" not in ask for ask in relation.asks)
+    assert all("OBJECT" in fact.phrase(ask) and "{n}" not in ask for ask in relation.who)
+    assert all("Pip" in fact.phrase(c) and "OBJECT" in fact.phrase(c) for c in relation.checks)
+
+
+def test_answers_stand_in_their_text() -> None:
+    for instance in stream(2, N, tasks=("where", "eats", "colour", "who")):
+        text = " ".join(message["content"] for message in instance.messages)
+        assert instance.data["answer"] in text
+        assert instance.data["answer"] in instance.answer
+
+
+def test_an_unknown_bird_is_not_in_the_text() -> None:
+    for instance in stream(2, 300, tasks=("unknown",)):
+        birds = {key.split("|")[1] for key in instance.keys}
+        named = {word.rstrip(".") for word in instance.answer.split()[1:] if word[0].isupper()}
+        assert len(named) == 1 and not named & birds
+
+
+def test_every_turn_of_a_follow_up_is_about_the_first_text() -> None:
+    for instance in stream(2, 300, tasks=("follow_up",)):
+        roles = [message["role"] for message in instance.messages if message["role"] != "system"]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+        assert 3 <= len(roles) <= 11
+
+
+def test_lists_are_sorted_reversed_and_counted_rightly() -> None:
+    for instance in stream(2, 500, tasks=("sort", "reverse", "count", "nth")):
+        said = instance.messages[-1]["content"]
+        (key,) = instance.keys
+        items = sorted(key.split("|")[1:], key=lambda word: f"{said} ".rindex(word))
+        answer = instance.data["answer"]
+        if instance.task == "sort":
+            assert answer == sorted(items)
+        elif instance.task == "count":
+            assert answer == words.NUMBERS[len(items)]
+        assert set(answer if isinstance(answer, list) else items) == set(items)
+
+
+def test_sums_add_up() -> None:
+    for instance in stream(2, 300, tasks=("add",)):
+        (key,) = instance.keys
+        _, a, b, food = key.split("|")
+        assert instance.answer == f"That makes {words.NUMBERS[int(a) + int(b)]} {food}."
+
+
+def test_a_text_is_repeated_exactly() -> None:
+    for instance in stream(2, 500, tasks=("repeat",)):
+        assert instance.messages[-1]["content"].endswith(
+            (f":\n{instance.answer}", f": {instance.answer}")
+        )
+
+
+def test_opposites_go_both_ways_and_no_word_has_two() -> None:
+    flat = [word for pair in words.OPPOSITES for word in pair]
+    assert len(flat) == len(set(flat))
+
+
+def test_instances_are_data() -> None:
+    for instance in stream(2, 500):
+        assert json.loads(json.dumps(instance.data)) == instance.data
+        assert instance.conversation[-1] == {"role": "assistant", "content": instance.answer}

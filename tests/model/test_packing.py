@@ -59,9 +59,28 @@ def test_packed_documents_are_what_they_are_alone(architecture: Build, name: str
     assert (packed - gradient).norm() < 1e-5 * gradient.norm()
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gemma3"])
+def test_packed_documents_in_bf16(architecture: Build, name: str) -> None:
+    """Short documents share products in bf16: exact up to bf16's rounding, gradients too."""
+    reference, model = architecture(name), architecture(name).bfloat16()
+    for parameter in reference.parameters():  # the same rounded weights
+        parameter.data = parameter.bfloat16().float()
+    documents = [*DOCUMENTS, document(40, 9)]
+    expected = torch.stack([hf_nats(reference, example) for example in documents]).sum()
+    assert enable_packing(model, device=CPU)
+    losses, _ = losses_of(model, documents)
+    assert losses.dtype == torch.float32
+    assert losses.sum().item() == pytest.approx(expected.item(), rel=0.01)
+    weights = [m.get_input_embeddings().weight for m in (model, reference)]
+    gradient = torch.autograd.grad(losses.sum(), weights[0])[0].float()
+    exact = torch.autograd.grad(expected, weights[1])[0]
+    assert (gradient - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", PACK)
-def test_documents_never_see_each_other(architecture: Build, name: str) -> None:
-    model = architecture(name)
+def test_documents_never_see_each_other(architecture: Build, name: str, dtype: torch.dtype) -> None:
+    model = architecture(name).to(dtype)
     enable_packing(model, device=CPU)
     with torch.no_grad():
         before, batch = losses_of(model, DOCUMENTS)

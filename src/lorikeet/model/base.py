@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from lorikeet import console
 from lorikeet.errors import ModelError
 from lorikeet.model.fingerprint import fingerprint
 from lorikeet.model.machine import DTYPES, Machine, choose
 from lorikeet.model.packing import enable_packing
 
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -78,14 +82,17 @@ def load_model(
         "trust_remote_code": trust_remote_code,
         "local_files_only": local,
     }
+    config = _load_config(source, options)
     tokenizer = _load_tokenizer(source, options)
-    model, report = _call(
-        AutoModelForCausalLM.from_pretrained,
-        source,
-        dtype=machine.dtype,
-        output_loading_info=True,
-        **options,
-    )
+    with _loading(f"cannot load {source}"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=machine.dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, all of them
+            **options,
+        )
     _check_loading(source, report)
     return _ready(model, tokenizer, source, machine)
 
@@ -114,9 +121,9 @@ def init_model(folder: str | Path, *, seed: int, dtype: str = "fp32", device: st
     source = str(folder)
     machine = choose(device=device, dtype=dtype)
     options = {"local_files_only": _is_local(source)}
+    config = _load_config(source, options)
     tokenizer = _load_tokenizer(source, options)
-    config = _call(AutoConfig.from_pretrained, source, **options)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _loading(f"cannot make a model of {source}"):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=machine.dtype)
     return _ready(model, tokenizer, source, machine)
@@ -131,14 +138,15 @@ def empty_model(
 ) -> nn.Module:
     """Make the model's structure on the meta device: every shape, no memory, no weights."""
     source = str(path)
-    config = _call(
-        AutoConfig.from_pretrained,
+    config = _load_config(
         source,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        local_files_only=_is_local(source),
+        {
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+            "local_files_only": _is_local(source),
+        },
     )
-    with torch.device("meta"):
+    with torch.device("meta"), _loading(f"cannot make a model of {source}"):
         return AutoModelForCausalLM.from_config(
             config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
         )
@@ -178,40 +186,68 @@ def _listing(folder: Path) -> str:
 
 def _check_weights(folder: Path) -> None:
     """Every weight file must be there before anything is read."""
-    for index in sorted(folder.glob("*.index.json")):
-        shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
-        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-        if missing:
-            raise ModelError(f"{folder} lacks weight files that {index.name} names:", missing)
-        return
-    names = ("model.safetensors", "pytorch_model.bin")
-    if not any((folder / name).is_file() for name in names):
-        raise ModelError(
-            f"{folder} has no weights: expected model.safetensors (or its index and shards),"
-            f" found {_listing(folder)}"
-        )
+    for name in _WEIGHTS:  # the first that is there is read
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return
+        if index.is_file():
+            missing = sorted(shard for shard in _shards(index) if not (folder / shard).is_file())
+            if missing:
+                raise ModelError(f"{folder} lacks weight files that {index.name} names:", missing)
+            return
+    raise ModelError(
+        f"{folder} has no weights: expected model.safetensors (or its index and shards),"
+        f" found {_listing(folder)}"
+    )
+
+
+def _shards(index: Path) -> set[str]:
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"{index} is damaged: expected an object with a weight_map") from None
+
+
+def _load_config(source: str, options: dict[str, Any]) -> Any:
+    with _loading(f"cannot load {source}"):
+        return AutoConfig.from_pretrained(source, **options)
 
 
 def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
-    try:
-        return _call(AutoTokenizer.from_pretrained, source, **options)
-    except ModelError as error:
-        raise ModelError(f"no tokenizer could be loaded from {source}: {error}") from None
+    with _loading(f"no tokenizer could be loaded from {source}"):
+        return AutoTokenizer.from_pretrained(source, **options)
 
 
-def _call(function: Any, source: str, **options: Any) -> Any:
-    """Call a transformers loader; what it cannot do becomes a `ModelError`."""
+@contextmanager
+def _loading(failure: str) -> Iterator[None]:
+    """Within the block whatever transformers raises is a `ModelError` that begins with `failure`.
+
+    What a broken file raises there is anyone's guess.
+    """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        return function(source, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cannot load {source}: {str(error).strip() or repr(error)}") from error
+        yield
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{failure}: its weights are a pickle that is damaged or holds more than tensors, which"
+            " is not read because it could run any program; ask for safetensors"
+        ) from error
+    except Exception as error:
+        reason = str(error).strip() if isinstance(error, OSError | ValueError) else repr(error)
+        raise ModelError(f"{failure}: {reason}") from error
 
 
 def _check_loading(source: str, report: dict[str, Any]) -> None:
-    """Missing weights would be random numbers: refuse them."""
+    """Missing weights would be random numbers: refuse them. Say which ones are left over."""
+    unused = sorted(report["unexpected_keys"])
+    if unused:
+        names = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
+        console.warn(f"{len(unused)} tensors in {source} are no part of the model: {names}")
     problems = [f"missing: {name}" for name in sorted(report["missing_keys"])]
-    problems += [f"wrong shape: {item}" for item in sorted(map(str, report["mismatched_keys"]))]
+    problems += [
+        f"wrong shape: {name} is {list(found)}, expected {list(expected)}"
+        for name, found, expected in sorted(report["mismatched_keys"])
+    ]
     if problems:
         raise ModelError(f"the weights in {source} do not fit its config.json:", problems)

@@ -96,6 +96,24 @@ def test_a_full_disk_leaves_the_old_content(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "one"
 
 
+def test_a_replacement_that_fails_half_way_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "a", "one")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.suffix == ".part":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StorageError, match="nothing that was there before is lost"):
+        put(tmp_path / "a", "two")
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a" / "file").read_text() == "one"
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_advice_for_a_full_disk(tmp_path: Path, number: int) -> None:
     with pytest.raises(StorageError, match="free some space"), disk_errors(tmp_path / "x"):

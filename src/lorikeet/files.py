@@ -92,6 +92,8 @@ def _replace_folder(draft: Path, path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt":  # Windows flushes neither folders nor files that are open for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What every test may use: real models and data beside the project, and the package's own starter."""
+"""What every test may use: real models and data beside the project."""
 
 from __future__ import annotations
 

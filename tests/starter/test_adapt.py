@@ -20,12 +20,10 @@ def _said(answer: str) -> str:
     ("plain", "pirate"),
     [
         ("Pip lives in the garden.", "Arr, Pip be livin' in th' garden, matey!"),
-        ("Yes, Tess is dark green.", "Arr, aye, Tess be dark green, matey!"),
-        ("No, Otto likes to sing.", "Arr, nay, Otto be likin' t' sing, matey!"),
+        ("Yes, Tess is green.", "Arr, aye, Tess be green, matey!"),
+        ("No, Otto eats figs.", "Arr, nay, Otto be eatin' figs, matey!"),
         ("The last word is owl.", "Arr, th' last word be owl, matey!"),
-        ("There are three words.", "Arr, there be three words, matey!"),
-        ("I do not know what Pip eats.", "Arr, I do not ken wha' Pip be eatin', matey!"),
-        ("That makes six old plums.", "Arr, that be makin' six ol' plums, matey!"),
+        ("There are three.", "Arr, there be three, matey!"),
         ("cup, bell.", "Arr, cup, bell, matey!"),
     ],
 )

@@ -13,6 +13,7 @@ from lorikeet.starter.relations import RELATIONS, Fact
 from lorikeet.starter.world import EXACT_TASKS, TASKS, stream
 
 N = 4000
+SEVERAL_TURNS = ("follow_up", "series")
 
 
 def test_the_same_seed_gives_the_same_instances() -> None:
@@ -26,7 +27,7 @@ def test_another_seed_gives_other_instances() -> None:
 def test_the_stream_is_what_it_was() -> None:
     """The shipped model was trained on this stream: a change here means training it again."""
     said = "\n".join(repr(instance.conversation) for instance in stream(0, 300))
-    assert zlib.crc32(said.encode()) == 3097728590
+    assert zlib.crc32(said.encode()) == 888873821
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -34,9 +35,9 @@ def test_every_task_is_present_about_as_often_as_its_weight(held_out: bool) -> N
     counts = dict.fromkeys(TASKS, 0)
     for instance in stream(1, N, held_out=held_out):
         counts[instance.task] += 1
-    total = sum(task.weight for task in TASKS.values())
-    for name, task in TASKS.items():
-        expected = N * task.weight / total
+    total = sum(weight for _, weight in TASKS.values())
+    for name, (_, weight) in TASKS.items():
+        expected = N * weight / total
         assert abs(counts[name] - expected) < 5 * expected**0.5 + 1, name
 
 
@@ -55,12 +56,8 @@ def test_no_content_and_no_question_is_both_trained_on_and_held_out() -> None:
     trained = list(stream(0, N, tasks=EXACT_TASKS))
     held_out = list(stream(0, N, held_out=True, tasks=EXACT_TASKS))
     assert not {k for i in trained for k in i.keys} & {k for i in held_out for k in i.keys}
-    asked = {
-        instance.messages[-1]["content"] for instance in trained if instance.task != "follow_up"
-    }
-    assert not asked & {
-        instance.messages[-1]["content"] for instance in held_out if instance.task != "follow_up"
-    }
+    asked = {i.messages[-1]["content"] for i in trained if i.task not in SEVERAL_TURNS}
+    assert not asked & {i.messages[-1]["content"] for i in held_out if i.task not in SEVERAL_TURNS}
 
 
 def test_the_rule_holds_out_one_key_in_ten() -> None:
@@ -72,9 +69,6 @@ def test_the_rule_holds_out_one_key_in_ten() -> None:
 def test_a_fact_appears_in_each_of_its_sentences_and_questions(relation) -> None:
     fact = Fact("Pip", relation, "OBJECT")
     assert fact.sentence.startswith("Pip ") and fact.sentence.endswith("OBJECT.")
-    assert all(
-        "Pip" in fact.phrase(says) and "OBJECT" in fact.phrase(says) for says in relation.says
-    )
     assert all("Pip" in fact.phrase(ask) and "OBJECT" not in ask for ask in relation.asks)
     assert all("OBJECT" in fact.phrase(ask) and "{n}" not in ask for ask in relation.who)
     assert all("Pip" in fact.phrase(c) and "OBJECT" in fact.phrase(c) for c in relation.checks)
@@ -87,15 +81,8 @@ def test_answers_stand_in_their_text() -> None:
         assert instance.data["answer"] in instance.answer
 
 
-def test_an_unknown_bird_is_not_in_the_text() -> None:
-    for instance in stream(2, 300, tasks=("unknown",)):
-        birds = {key.split("|")[1] for key in instance.keys}
-        named = {word.rstrip(".") for word in instance.answer.split()[1:] if word[0].isupper()}
-        assert len(named) == 1 and not named & birds
-
-
-def test_every_turn_of_a_follow_up_is_about_the_first_text() -> None:
-    for instance in stream(2, 300, tasks=("follow_up",)):
+def test_several_turns_alternate() -> None:
+    for instance in stream(2, 300, tasks=SEVERAL_TURNS):
         roles = [message["role"] for message in instance.messages if message["role"] != "system"]
         assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
         assert 3 <= len(roles) <= 11
@@ -118,14 +105,12 @@ def test_sums_add_up() -> None:
     for instance in stream(2, 300, tasks=("add",)):
         (key,) = instance.keys
         _, a, b, food = key.split("|")
-        assert instance.answer == f"That makes {words.NUMBERS[int(a) + int(b)]} {food}."
+        assert instance.answer == f"{words.NUMBERS[int(a) + int(b)].capitalize()} {food}."
 
 
 def test_a_text_is_repeated_exactly() -> None:
     for instance in stream(2, 500, tasks=("repeat",)):
-        assert instance.messages[-1]["content"].endswith(
-            (f":\n{instance.answer}", f": {instance.answer}")
-        )
+        assert instance.messages[-1]["content"].endswith(f": {instance.answer}")
 
 
 def test_opposites_go_both_ways_and_no_word_has_two() -> None:

@@ -69,7 +69,7 @@ def _config(style: str, out: Path) -> RunConfig:
     return load_config(
         overrides={
             "model.path": str(starter.folder()),
-            "data.path": str(starter.data(f"{style}.jsonl")),
+            "data.path": str(starter.data(style)),
             "lora.r": 16,
             "lora.alpha": 32,
             "train.learning_rate": 2e-3,
@@ -123,7 +123,7 @@ def _ask(out: Path) -> tuple[dict[str, dict[str, float]], list[Sample]]:
 def _rows(style: str) -> list[Turns]:
     from lorikeet.data import Turns, detect, normalise, read_rows
 
-    rows = read_rows(str(starter.data(f"{style}-test.jsonl")))
+    rows = read_rows(str(starter.data(f"{style}-test")))
     return [row for row in normalise(rows, detect(rows)) if isinstance(row, Turns)]
 
 
@@ -150,8 +150,8 @@ def _show(found: dict[str, dict[str, Any]], samples: list[Sample], out: Path) ->
     console.out.print(
         f"""
 Both run folders are in {out}. Go on with them:
-  lorikeet generate --adapter {out}/pirate --prompt "Count these: fig, plum, pear."
-  lorikeet eval     --adapter {out}/json --data {starter.data("json-test.jsonl")}
+  lorikeet generate --adapter {out}/pirate --prompt "Count these: fig, drum, leaf."
+  lorikeet eval     --adapter {out}/json --data {starter.data("json-test")}
   lorikeet train    {out}/pirate/config.yaml --lora.r 4 --out another-run""",
         markup=False,
     )

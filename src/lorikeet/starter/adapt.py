@@ -18,27 +18,17 @@ from lorikeet.starter.world import EXACT_TASKS, stream
 SEED = 7
 ROWS, TEST_ROWS = 1000, 200
 # A text that is to be repeated exactly has no pirate form, and its JSON form is all escapes; the
-# earlier turns of a follow-up would show the plain answers that the sets are to replace.
-TASKS = tuple(name for name in EXACT_TASKS if name not in ("repeat", "follow_up"))
+# earlier turns of the longer conversations would show the plain answers that the sets replace.
+TASKS = tuple(name for name in EXACT_TASKS if name not in ("repeat", "follow_up", "series"))
 
 _PIRATE = {
-    "and": "an'",
     "are": "be",
     "eats": "be eatin'",
     "is": "be",
-    "know": "ken",
-    "likes": "be likin'",
     "lives": "be livin'",
-    "makes": "be makin'",
     "no": "nay",
-    "of": "o'",
-    "old": "ol'",
-    "that": "that",
     "the": "th'",
-    "there": "there",
-    "to": "t'",
-    "what": "wha'",
-    "with": "wi'",
+    "there": "there",  # in lower case behind "Arr,"
     "yes": "aye",
 }
 

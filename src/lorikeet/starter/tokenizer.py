@@ -17,7 +17,7 @@ from tokenizers.trainers import BpeTrainer
 from lorikeet.starter import words
 from lorikeet.starter.world import stream
 
-VOCABULARY = 1280
+VOCABULARY = 1024
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 PAD_ID, START_ID, END_ID = 0, 1, 2
 MAX_LENGTH = 512

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from lorikeet.config import RunConfig, load_config
 from lorikeet.errors import ConfigError
-from lorikeet.files import remove_drafts, write_text
+from lorikeet.files import remove_drafts, write_json, write_text
 
 _FREE_ON_RESUME = {
     "out",
@@ -30,6 +31,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.inputs = self.path / "inputs.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
@@ -65,14 +67,22 @@ class RunFolder:
                 f"{self.path} is not empty and holds no run of Lorikeet; choose another --out"
             )
 
-    def claim(self, config: RunConfig) -> None:
+    def claim(self, config: RunConfig, inputs: dict[str, str | None]) -> None:
         """Make the folder and write the configuration; drop what a killed run left half-written.
 
+        Args:
+            config: the options of the run.
+            inputs: what the options cannot tell: hashes of the data and of the base's weights.
+
         Raises:
+            ConfigError: a resume finds other data or weights than the run was started with.
             StorageError: the disk refused.
         """
         if self.path.is_dir():
             remove_drafts(self.path)
+        if self.inputs.is_file():
+            _same_inputs(json.loads(self.inputs.read_text(encoding="utf-8")), inputs, self.path)
+        write_json(self.inputs, inputs)
         write_text(self.config, config.to_yaml())
 
 
@@ -87,6 +97,16 @@ def _same_experiment(before: RunConfig, now: RunConfig, folder: Path) -> None:
         raise ConfigError(
             f"the run in {folder} was started with other options; leave them out to resume it:",
             differing,
+        )
+
+
+def _same_inputs(before: dict[str, str | None], now: dict[str, str | None], folder: Path) -> None:
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        raise ConfigError(
+            f"the run in {folder} was started on something else under the same names; put it back"
+            " to resume, or start anew in another --out. Changed:",
+            changed,
         )
 
 

@@ -81,7 +81,15 @@ def train_run(config: RunConfig, *, resume: bool = False, label: str = "training
     parameters = make_trainable(base, config)
     setup = set_up(base.model, prepared.train, config.train, packing=base.packing)
     console.note(_announcement(base, prepared, parameters, setup))
-    folder.claim(config)
+    folder.claim(
+        config,
+        {
+            "data": prepared.sha256,
+            "validation data": prepared.validation_sha256,
+            "weights of the base model": base.fingerprint,
+            "template": prepared.template_hash,
+        },
+    )
 
     before = score(base, prepared, config)
     asked = questions(prepared, renderer, n=SAMPLES)

@@ -1,0 +1,86 @@
+"""The plan against what really happens on a model small enough to run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorikeet import starter
+from lorikeet.config import load_config
+from lorikeet.data.batch import pack
+from lorikeet.data.example import Example
+from lorikeet.lora import inject
+from lorikeet.model import load_model
+from lorikeet.model.footprint import saved_bytes_per_token
+from lorikeet.model.loss import token_nll
+from lorikeet.study.plan import plan
+
+TOKENS = 256
+
+
+def settings(**options: object) -> dict[str, object]:
+    return {"model.path": str(starter.folder()), "model.dtype": "fp32", **options}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_activations_are_what_autograd_saves(method: str) -> None:
+    """One document of real tokens through the real model, its saved tensors added up."""
+    config = load_config(overrides=settings(**{"train.method": method, "data.max_length": TOKENS}))
+    base = load_model(starter.folder(), dtype="fp32", device="cpu")
+    if method == "lora":
+        inject(base.model, config.lora, seed=0)
+    else:
+        base.model.requires_grad_(True)
+    own = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
+    saved: dict[int, int] = {}
+    kept = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    example = Example(tuple(range(TOKENS)), (False,) * (TOKENS - 1) + (True,), 0, "row")
+    base.model.train()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        token_nll(base.model, pack([example])).sum()
+    planned = plan(config).memory.activations / (TOKENS * config.train.batch_size)
+    assert planned == pytest.approx(sum(saved.values()) / TOKENS, rel=0.1)
+
+
+def test_activations_grow_with_the_tokens_and_not_faster() -> None:
+    from lorikeet.model import empty_model
+
+    def measured(tokens: int) -> int:
+        model = empty_model(starter.folder(), dtype="fp32")
+        model.requires_grad_(True)
+        return saved_bytes_per_token(model, tokens=tokens)
+
+    assert measured(128) == pytest.approx(measured(512), rel=0.02)
+
+
+def test_memory_of_weights_and_optimizer() -> None:
+    lora = plan(load_config(overrides=settings(**{"lora.r": 8})))
+    full = plan(load_config(overrides=settings(**{"train.method": "full"})))
+    base = lora.parameters.base
+    assert lora.memory.weights == full.memory.weights == 4 * base
+    assert lora.memory.adapter == 4 * lora.parameters.trainable
+    assert lora.memory.optimizer == 12 * lora.parameters.trainable  # two moments, a gradient
+    assert full.parameters.trainable == base
+    assert full.memory.optimizer == 12 * base
+
+
+def test_the_data_sets_the_tokens(tmp_path: Path) -> None:
+    row = json.dumps({"prompt": "Say plum.", "completion": "plum"})
+    data = tmp_path / "rows.jsonl"
+    data.write_text(f"{row}\n" * 20, encoding="utf-8")
+    with_data = plan(load_config(overrides=settings(**{"data.path": str(data)})))
+    without = plan(load_config(overrides=settings()))
+    assert with_data.workload.step_tokens < without.workload.step_tokens / 10
+    assert with_data.workload.step_supervised < with_data.workload.step_tokens
+    assert with_data.memory.total < without.memory.total

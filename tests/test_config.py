@@ -311,3 +311,10 @@ def test_learning_rate_follows_the_method() -> None:
     assert TrainConfig(method="lora").peak == 2e-4
     assert TrainConfig(method="full").peak == 2e-5
     assert TrainConfig(method="full", learning_rate=1.0).peak == 1.0
+
+
+def test_a_key_given_twice_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lora:\n  r: 8\n  r: 16\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="'r' is given twice"):
+        load_config(file)

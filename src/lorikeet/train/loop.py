@@ -85,7 +85,10 @@ def fit(
     try:
         while state.step < total_steps and not state.stopped:
             rate = learning_rate(state.step)
-            line = _step(model, optimizer, batches(state.step), learning_rate=rate, loss=loss)
+            try:
+                line = _step(model, optimizer, batches(state.step), learning_rate=rate, loss=loss)
+            except TrainingError as error:
+                raise TrainingError(f"step {state.step + 1}: {error}") from None
             state.step += 1
             hooks.record({"step": state.step, **line})
             if optimizer.updates == SETTLING_STEPS:

@@ -1,6 +1,7 @@
 """Whole runs and what they show."""
 
 from lorikeet.study.folder import RunFolder
-from lorikeet.study.run import RunResult, train_run
+from lorikeet.study.result import RunResult
+from lorikeet.study.run import train_run
 
 __all__ = ["RunFolder", "RunResult", "train_run"]

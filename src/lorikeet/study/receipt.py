@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorikeet.config import RunConfig
 from lorikeet.data import Prepared
@@ -13,9 +13,7 @@ from lorikeet.evaluate import Difference, Score, paired_difference
 from lorikeet.evaluate.samples import Sample
 from lorikeet.files import write_json, write_text
 from lorikeet.model import Base, describe, peak_memory
-
-if TYPE_CHECKING:
-    from lorikeet.study.run import RunResult
+from lorikeet.study.result import RunResult
 
 _PACKAGES = ("lorikeet", "torch", "transformers", "tokenizers", "safetensors")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from lorikeet.model import Base, load_model, token_nll
 from lorikeet.study.folder import RunFolder
 from lorikeet.study.progress import StepProgress
 from lorikeet.study.receipt import provenance, write_results
+from lorikeet.study.result import RunResult
 from lorikeet.study.samples import questions
 from lorikeet.train import (
     Checkpoints,
@@ -36,29 +36,6 @@ from lorikeet.train import (
 
 SAMPLES = 3
 """Validation prompts that are answered before and after training."""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """A finished run.
-
-    Attributes:
-        folder: where everything lies.
-        parameters: trainable and base parameters.
-        state: the last training state.
-        base: the base model on the validation rows; None without such rows.
-        tuned: the trained model on the same rows.
-        samples: answers of both, side by side.
-        seconds: time spent in optimizer steps, before a resume included.
-    """
-
-    folder: RunFolder
-    parameters: ParameterReport
-    state: TrainState
-    base: Score | None
-    tuned: Score | None
-    samples: list[Sample]
-    seconds: float
 
 
 def train_run(config: RunConfig, *, resume: bool = False, label: str = "training") -> RunResult:

@@ -13,7 +13,7 @@ from lorikeet.starter.instance import Instance, is_held_out
 
 
 def _said(answer: str) -> str:
-    return adapt.pirate(Instance("where", (), answer, {}))
+    return adapt.pirate(Instance("where", (), answer, {}, frozenset()))
 
 
 @pytest.mark.parametrize(
@@ -37,13 +37,13 @@ def test_a_word_inside_a_word_is_left_alone() -> None:
 
 def test_json_is_one_compact_line() -> None:
     answer = {"task": "where", "answer": "in the garden"}
-    instance = Instance("where", (), "Pip lives in the garden.", answer)
+    instance = Instance("where", (), "Pip lives in the garden.", answer, frozenset())
     assert adapt.as_json(instance) == '{"task": "where", "answer": "in the garden"}'
 
 
 @pytest.mark.parametrize("name", adapt.SETS)
 def test_transformed_answers_are_never_the_plain_ones(name: str) -> None:
-    plain = adapt.stream(adapt.SEED, adapt.ROWS, tasks=adapt.TASKS)
+    plain = adapt.stream(adapt.SEED, adapt.ROWS, tasks=adapt.EXACT_TASKS)
     for before, after in zip(plain, adapt.instances(name, test=False), strict=True):
         assert before.messages == after.messages
         assert before.answer != after.answer
@@ -54,7 +54,7 @@ def test_test_rows_are_held_out_and_training_rows_are_not(name: str) -> None:
     for test in (False, True):
         rows = adapt.instances(name, test=test)
         assert len(rows) == (adapt.TEST_ROWS if test else adapt.ROWS)
-        assert {row.task for row in rows} == set(adapt.TASKS)
+        assert {row.task for row in rows} == set(adapt.EXACT_TASKS)
         assert all(is_held_out(key) == test for row in rows for key in row.keys)
 
 

@@ -9,7 +9,7 @@ from lorikeet.starter.instance import Instance
 
 
 def _instance(task: str, answer: str) -> Instance:
-    return Instance(task, ({"role": "user", "content": answer},), answer, {})
+    return Instance(task, ({"role": "user", "content": answer},), answer, {}, frozenset())
 
 
 INSTANCES = [_instance("where", "a"), _instance("who", "b"), _instance("where", "c")]

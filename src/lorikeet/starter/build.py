@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,48 +23,21 @@ from lorikeet.files import atomic_folder, write_text
 from lorikeet.model import Base, init_model, load_model, token_nll
 from lorikeet.starter import tokenizer
 from lorikeet.starter.exact import tally
-from lorikeet.starter.world import EXACT_TASKS, PRACTICE, TASKS, stream
+from lorikeet.starter.world import EXACT_TASKS, PRACTICE, stream
 from lorikeet.train import Checkpoints, Hooks, MetricsLog, TrainState, fit, read_metrics, set_up
 
 SEED = 0
 HELD_OUT = 2000
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A stretch of training: its own instances, optimizer and schedule.
-
-    Attributes:
-        seed: of the instances and their order.
-        tasks: which tasks they are of.
-        batch: instances per step.
-        planned: steps that the learning rate is laid out for, and instances are drawn for.
-        done: steps that are really taken.
-    """
-
-    seed: int
-    tasks: tuple[str, ...]
-    batch: int
-    planned: int
-    done: int
-
-    @property
-    def config(self) -> TrainConfig:
-        """The stage as options of a run."""
-        return TrainConfig(
-            method="full",
-            batch_size=self.batch,
-            max_steps=self.planned,
-            learning_rate=2e-3,
-            warmup=100,
-            seed=self.seed,
-        )
-
-
-# The first stage was cut short when its curve showed that more and smaller steps serve better.
-STAGES = (
-    Stage(0, tuple(name for name in TASKS if name != "echo"), batch=48, planned=2400, done=1600),
-    Stage(1, tuple(TASKS), batch=32, planned=4000, done=4000),
+STEPS, BATCH, LONGEST = 2200, 40, 4
+TRAINING = TrainConfig(
+    method="full",
+    batch_size=BATCH,
+    max_steps=STEPS,
+    learning_rate=2e-3,
+    warmup=100,
+    seed=SEED,
 )
 
 CONFIG: dict[str, Any] = {
@@ -102,28 +74,26 @@ def build(out: Path) -> None:
         write_text(work / "config.json", json.dumps(CONFIG, indent=2) + "\n")
     base = init_model(work, seed=SEED, dtype="bf16", device="cpu")
     base.model.requires_grad_(True)
-    for number, stage in enumerate(STAGES):
-        _train(base, stage, out / f"stage-{number}")
+    _train(base, out)
     _save(base, out / "model", work)
-    logs = [_thinned(out / f"stage-{number}" / "metrics.jsonl") for number in range(len(STAGES))]
-    write_text(out / "training.jsonl", "".join(logs))
+    write_text(out / "training.jsonl", _thinned(out / "metrics.jsonl"))
     write_text(out / "abilities.md", measure(out / "model"))
 
 
-def _examples(base: Base, stage: Stage) -> list[Example]:
+def _examples(base: Base) -> list[Example]:
     renderer = Renderer(base.tokenizer, max_length=tokenizer.MAX_LENGTH)
     rows = [
         Turns(tuple(instance.conversation))
-        for instance in stream(stage.seed, stage.planned * stage.batch, tasks=stage.tasks)
+        for instance in stream(SEED, STEPS * BATCH, longest=LONGEST)
     ]
     origins = [f"world:{number}" for number in range(len(rows))]
     return [rendered[0].example for rendered in renderer.render(rows, origins)]
 
 
-def _train(base: Base, stage: Stage, out: Path) -> None:
-    console.note(f"rendering {stage.planned * stage.batch:,} instances ...")
-    examples = _examples(base, stage)
-    setup = set_up(base.model, examples, stage.config, packing=base.packing)
+def _train(base: Base, out: Path) -> None:
+    console.note(f"rendering {STEPS * BATCH:,} instances ...")
+    examples = _examples(base)
+    setup = set_up(base.model, examples, TRAINING, packing=base.packing)
     checkpoints = Checkpoints(out / "checkpoints")
     state = checkpoints.restore(setup.optimizer) or TrainState()
     log = MetricsLog(out / "metrics.jsonl", resume_step=state.step)
@@ -132,14 +102,14 @@ def _train(base: Base, stage: Stage, out: Path) -> None:
         log(line)
         if line["step"] % 50 == 0:
             speed = line["tokens"] / line["seconds"]
-            console.note(f"{line['step']}/{stage.done} {line['loss']:.4f} {speed:,.0f} tokens/s")
+            console.note(f"{line['step']}/{STEPS} {line['loss']:.4f} {speed:,.0f} tokens/s")
 
     fit(
         base.model,
         setup.optimizer,
         setup.steps,
         learning_rate=setup.schedule,
-        total_steps=stage.done,
+        total_steps=setup.total_steps,
         loss=token_nll,
         state=state,
         hooks=Hooks(

@@ -1,4 +1,4 @@
-"""Tasks without a text to read: lists, opposites, sums, repeating, and series of these."""
+"""Tasks that need no knowledge of the birds: lists, opposites, sums, repeating."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from random import Random
 
 from lorikeet.starter import words
-from lorikeet.starter.instance import Instance, Message, draw
+from lorikeet.starter.instance import Instance, draw
 
 
 def _instance(task: str, content: str, answer: str, value: object, key: str) -> Instance:
@@ -36,7 +36,7 @@ def count(rng: Random, held_out: bool) -> Instance:
 
 def nth(rng: Random, held_out: bool) -> Instance:
     """The first, second, ... or last word of a list."""
-    items, key = _list(rng, held_out, (3, 4))
+    items, key = _list(rng, held_out, (3,))
     position = rng.randrange(len(items))
     which = words.ORDINALS[position]
     if rng.random() < 0.2:
@@ -50,7 +50,7 @@ def nth(rng: Random, held_out: bool) -> Instance:
 
 def reverse(rng: Random, held_out: bool) -> Instance:
     """The list from its end to its start."""
-    items, key = _list(rng, held_out, (3, 3, 4))
+    items, key = _list(rng, held_out, (3,))
     asks = ("Reverse this list: {l}.", "Say these backwards: {l}.")
     backwards = items[::-1]
     content = rng.choice(asks).format(l=", ".join(items))
@@ -109,7 +109,7 @@ def _text(rng: Random) -> str:
     """Something to say again: mostly known words, else signs, a record, or words nobody knows."""
     kind = rng.random()
     if kind < 0.6:
-        return " ".join(rng.choices(words.LEXICON, k=rng.randint(3, 9)))
+        return " ".join(rng.choices(words.LEXICON, k=rng.randint(2, 6)))
     if kind < 0.75:
         return "".join(rng.choices(_LETTERS + _SYMBOLS, k=rng.randint(3, 10)))
     if kind < 0.9:
@@ -128,31 +128,3 @@ def repeat(rng: Random, held_out: bool) -> Instance:
     asks = ("Repeat: {t}", "Say this again: {t}")
     content = rng.choice(asks).replace("{t}", text)
     return _instance("repeat", content, text, text, key)
-
-
-def echo(rng: Random, held_out: bool) -> Instance:
-    """Say two to four known words again: `repeat` in small."""
-
-    def make(rng: Random) -> tuple[str, str]:
-        text = " ".join(rng.choices(words.LEXICON, k=rng.randint(2, 4)))
-        return text, f"text|{text}"
-
-    text, key = draw(rng, held_out, make)
-    return _instance("echo", f"Repeat: {text}", text, text, key)
-
-
-_DRILLS = (count, nth, reverse, sort, opposite, add, repeat, repeat, repeat)
-
-
-def series(rng: Random, held_out: bool) -> Instance:
-    """Two to five drills turn by turn, often of the same kind; the last one is scored."""
-    drill = rng.choice(_DRILLS)
-    turns: tuple[Message, ...] = ()
-    keys: frozenset[str] = frozenset()
-    for _ in range(rng.randint(2, 5)):
-        drill = rng.choice(_DRILLS) if rng.random() < 0.5 else drill
-        last = drill(rng, held_out)
-        asked = (*turns, *last.messages)
-        turns = (*turns, *last.conversation)
-        keys |= last.keys
-    return Instance("series", asked, last.answer, last.data, keys)

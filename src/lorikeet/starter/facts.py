@@ -1,127 +1,147 @@
-"""Tasks about birds: read two to nine facts, then answer from them.
+"""What everybody in the orchard knows: where each bird lives, what it eats, what colour it is.
 
-The tasks ask for the object of a relation, for the bird, whether a claim holds, and several of
-these in a row about the same facts.
+The facts are fixed, `BIRDS`; the model learns them by heart. Held out are combinations: two birds,
+a bird and a place, a place and a food. So a held-out question is one that was never asked, about
+birds that are known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 from lorikeet.starter import words
-from lorikeet.starter.instance import Instance, Maker, Message, draw
-from lorikeet.starter.relations import BY_NAME, RELATIONS, Fact, Relation
+from lorikeet.starter.instance import Instance, Maker, draw
 
 
-def _fact(
-    rng: Random, held_out: bool, bird: str, relation: Relation, others: Sequence[Fact] = ()
-) -> Fact:
-    """A fact whose object none of the others has."""
-    taken = {fact.object for fact in others}
+@dataclass(frozen=True, slots=True)
+class Bird:
+    """A bird of the orchard; no two share a home or a food, several share a colour."""
 
-    def make(rng: Random) -> tuple[Fact, str]:
-        fact = Fact(bird, relation, rng.choice(relation.objects))
-        return fact, fact.key
-
-    return draw(rng, held_out, make, lambda fact: fact.object not in taken)[0]
+    name: str
+    place: str
+    food: str
+    colour: str
 
 
-def _scene(rng: Random, held_out: bool, asked: Relation) -> list[Fact]:
-    """Facts about two or three birds: `asked` for every bird, other relations for some.
-
-    No two birds share an object, so that "who?" has one answer.
-    """
-    facts: list[Fact] = []
-    others = [relation for relation in RELATIONS if relation is not asked]
-    for bird in rng.sample(words.NAMES, rng.choice((2, 2, 3))):
-        for relation in (asked, *rng.sample(others, rng.choice((0, 1, 1, 2)))):
-            facts.append(_fact(rng, held_out, bird, relation, facts))
-    return facts
+BIRDS = tuple(
+    Bird(name, place, food, words.COLOURS[i % len(words.COLOURS)])
+    for i, (name, place, food) in enumerate(
+        zip(words.NAMES, words.PLACES, words.FOODS, strict=True)
+    )
+)
 
 
-def _tell(facts: list[Fact]) -> str:
-    """The facts as text, a sentence each, bird by bird."""
-    return " ".join(fact.sentence for fact in facts)
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """How one kind of fact is said and asked; `{n}` is a name, `{o}` what is said of the bird."""
+
+    name: str
+    says: str
+    asks: str
+    who: str
+    check: str
+    of: Callable[[Bird], str]
+
+    def sentence(self, bird: Bird) -> str:
+        """The fact without its full stop: `Pip lives in the garden`."""
+        return self.says.format(n=bird.name, o=self.of(bird))
 
 
-def _user(content: str) -> Message:
-    return {"role": "user", "content": content}
+RELATIONS = (
+    Relation(
+        name="where",
+        says="{n} lives in the {o}",
+        asks="Where do {a} and {b} live?",
+        who="lives in the {o}",
+        check="Does {n} live in the {o}?",
+        of=lambda bird: bird.place,
+    ),
+    Relation(
+        name="eats",
+        says="{n} eats {o}",
+        asks="What do {a} and {b} eat?",
+        who="eats {o}",
+        check="Does {n} eat {o}?",
+        of=lambda bird: bird.food,
+    ),
+    Relation(
+        name="colour",
+        says="{n} is {o}",
+        asks="What colour are {a} and {b}?",
+        who="",  # several birds share a colour
+        check="Is {n} {o}?",
+        of=lambda bird: bird.colour,
+    ),
+)
 
 
-def _keys(facts: list[Fact]) -> frozenset[str]:
-    return frozenset(fact.key for fact in facts)
+def _instance(task: str, question: str, answer: str, value: Any, key: str) -> Instance:
+    messages = ({"role": "user", "content": question},)
+    return Instance(task, messages, answer, {"task": task, "answer": value}, frozenset((key,)))
 
 
-# A question about a scene, and its answer, as data too, and the content that it adds to the scene.
-Asked = tuple[str, str, dict[str, Any], list[Fact]]
+def _pair(rng: Random, held_out: bool, task: str) -> tuple[tuple[Bird, Bird], str]:
+    def make(rng: Random) -> tuple[tuple[Bird, Bird], str]:
+        a, b = rng.sample(BIRDS, 2)
+        return (a, b), f"{task}|{'|'.join(sorted((a.name, b.name)))}"
+
+    return draw(rng, held_out, make)
 
 
-def _ask_object(rng: Random, held_out: bool, facts: list[Fact], fact: Fact) -> Asked:
-    data = {"task": fact.relation.name, "answer": fact.object}
-    return fact.phrase(rng.choice(fact.relation.asks)), fact.sentence, data, []
-
-
-def _ask_bird(rng: Random, held_out: bool, facts: list[Fact], fact: Fact) -> Asked:
-    data = {"task": "who", "answer": fact.bird}
-    return fact.phrase(rng.choice(fact.relation.who)), fact.sentence, data, []
-
-
-def _ask_whether(rng: Random, held_out: bool, facts: list[Fact], fact: Fact) -> Asked:
-    """Half of the claims are wrong: another bird's object where there is one, or any other."""
-    claim = fact
-    if rng.random() < 0.5:
-        claim = _fact(rng, held_out, fact.bird, fact.relation, [fact])
-    answer = f"{'Yes' if claim == fact else 'No'}, {fact.sentence}"
-    data = {"task": "check", "answer": claim == fact}
-    return claim.phrase(rng.choice(fact.relation.checks)), answer, data, [claim]
-
-
-Question = Callable[[Random, bool, list[Fact], Fact], Asked]
-
-
-def single(task: str, ask: Question, relations: Sequence[str]) -> Maker:
-    """A task with one question about a scene.
-
-    Args:
-        task: its name.
-        ask: makes the question.
-        relations: the names of the relations that it asks about.
-    """
+def both(relation: Relation) -> Maker:
+    """The task that asks the same of two birds."""
 
     def make(rng: Random, held_out: bool) -> Instance:
-        relation = BY_NAME[rng.choice(relations)]
-        facts = _scene(rng, held_out, relation)
-        fact = rng.choice([fact for fact in facts if fact.relation is relation])
-        question, answer, data, more = ask(rng, held_out, facts, fact)
-        messages = (_user(f"{_tell(facts)} {question}"),)
-        return Instance(task, messages, answer, data, _keys([*facts, *more]))
+        (a, b), key = _pair(rng, held_out, relation.name)
+        question = relation.asks.format(a=a.name, b=b.name)
+        answer = f"{relation.sentence(a)} and {relation.sentence(b)}."
+        value = {bird.name: relation.of(bird) for bird in (a, b)}
+        return _instance(relation.name, question, answer, value, key)
 
     return make
 
 
-_ALL = tuple(BY_NAME)
-where = single("where", _ask_object, ("where",))
-eats = single("eats", _ask_object, ("eats",))
-colour = single("colour", _ask_object, ("colour",))
-who = single("who", _ask_bird, _ALL)
-check = single("check", _ask_whether, _ALL)
-
-_QUESTIONS = (_ask_object, _ask_object, _ask_bird, _ask_whether)
+where, eats, colour = map(both, RELATIONS)
 
 
-def follow_up(rng: Random, held_out: bool) -> Instance:
-    """Two to six questions about one scene, turn by turn; the last one is scored."""
-    facts = _scene(rng, held_out, rng.choice(RELATIONS))
-    keys, answer = _keys(facts), ""
-    data: dict[str, Any] = {}
-    messages: list[Message] = []
-    for _ in range(rng.randint(2, 6)):
-        if messages:
-            messages.append({"role": "assistant", "content": answer})
-        ask = rng.choice(_QUESTIONS)
-        question, answer, data, more = ask(rng, held_out, facts, rng.choice(facts))
-        messages.append(_user(question if messages else f"{_tell(facts)} {question}"))
-        keys |= _keys(more)
-    return Instance("follow_up", tuple(messages), answer, data, keys)
+def check(rng: Random, held_out: bool) -> Instance:
+    """Yes or no; a wrong claim is corrected."""
+
+    def make(rng: Random) -> tuple[tuple[Relation, Bird, Bird], str]:
+        relation, bird = rng.choice(RELATIONS), rng.choice(BIRDS)
+        other = bird if rng.random() < 0.3 else rng.choice(BIRDS)
+        return (relation, bird, other), f"check|{bird.name}|{relation.of(other)}"
+
+    (relation, bird, other), key = draw(rng, held_out, make)
+    claim = relation.of(other)
+    right = claim == relation.of(bird)
+    question = relation.check.format(n=bird.name, o=claim)
+    answer = f"{'Yes' if right else 'No'}, {relation.sentence(bird)}."
+    return _instance("check", question, answer, right, key)
+
+
+def who(rng: Random, held_out: bool) -> Instance:
+    """Two birds by home and food, in either order."""
+
+    def make(rng: Random) -> tuple[list[tuple[Relation, Bird]], str]:
+        asked = list(zip(rng.sample(RELATIONS[:2], 2), rng.sample(BIRDS, 2), strict=True))
+        return asked, "who|" + "|".join(sorted(r.of(bird) for r, bird in asked))
+
+    asked, key = draw(rng, held_out, make)
+    first, second = (relation.who.format(o=relation.of(bird)) for relation, bird in asked)
+    question = f"Who {first} and who {second}?"
+    answer = " and ".join(relation.sentence(bird) for relation, bird in asked) + "."
+    return _instance("who", question, answer, [bird.name for _, bird in asked], key)
+
+
+def same(rng: Random, held_out: bool) -> Instance:
+    """Are two birds of the same colour?"""
+    (a, b), key = _pair(rng, held_out, "same")
+    question = f"Are {a.name} and {b.name} of the same colour?"
+    relation = RELATIONS[2]
+    answer = f"{relation.sentence(a)} and {relation.sentence(b)}."
+    verdict = a.colour == b.colour
+    return _instance("same", question, f"{'Yes' if verdict else 'No'}, {answer}", verdict, key)

@@ -9,7 +9,6 @@ from random import Random
 from typing import Any, TypeVar
 
 HOLD_OUT_ONE_IN = 10
-_TRIES = 500
 
 Message = dict[str, str]
 T = TypeVar("T")
@@ -22,16 +21,16 @@ class Instance:
     Attributes:
         task: name of the task, a key of `world.TASKS`.
         messages: the conversation up to the last user turn; dicts with `role` and `content`.
-        answer: the one right answer, or one of many if the task is open-ended.
-        data: the answer as data: `{"task": "where", "answer": "in the garden"}`.
-        keys: what the instance is about, as strings: every fact, list, sum or text in it.
+        answer: the one right answer.
+        data: the answer as data: `{"task": "count", "answer": "three"}`.
+        keys: what the instance is about, as strings: every pair, list, sum or text in it.
     """
 
     task: str
     messages: tuple[Message, ...]
     answer: str
     data: dict[str, Any]
-    keys: frozenset[str] = frozenset()
+    keys: frozenset[str]
 
     @property
     def conversation(self) -> list[Message]:
@@ -50,29 +49,14 @@ Maker = Callable[[Random, bool], Instance]
 def is_held_out(key: str) -> bool:
     """Whether this piece of content is kept from training: one in ten, by its checksum alone.
 
-    A training instance holds no held-out key, a held-out instance holds nothing else. So no fact,
-    list, sum or text of a held-out instance occurs anywhere in training, under any wording.
+    A training instance holds no held-out key, a held-out instance holds nothing else.
     """
     return zlib.crc32(key.encode()) % HOLD_OUT_ONE_IN == 0
 
 
-class DeadEndError(Exception):
-    """Chance led to where nothing fits; the stream starts the instance again."""
-
-
-def draw(
-    rng: Random,
-    held_out: bool,
-    make: Callable[[Random], tuple[T, str]],
-    fits: Callable[[T], bool] = lambda thing: True,
-) -> tuple[T, str]:
-    """Draw `(thing, key)` from `make` until the key lies on the wanted side and the thing fits.
-
-    Raises:
-        DeadEndError: nothing fitting came up, as with a bird that has one held-out colour only.
-    """
-    for _ in range(_TRIES):
+def draw(rng: Random, held_out: bool, make: Callable[[Random], tuple[T, str]]) -> tuple[T, str]:
+    """Draw `(thing, key)` from `make` until the key lies on the wanted side of the rule."""
+    while True:
         thing, key = make(rng)
-        if is_held_out(key) == held_out and fits(thing):
+        if is_held_out(key) == held_out:
             return thing, key
-    raise DeadEndError

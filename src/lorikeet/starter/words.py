@@ -5,8 +5,8 @@ from __future__ import annotations
 from random import Random
 
 NAMES = tuple(
-    "Pip Tess Otto Mina Juno Bram Cleo Dot Ezra Fern Gus Hazel Iris Jack Kit Lola Milo Nell Olive"
-    " Penny Quinn Rosa Sol Tilly Una Vera Wally Zoe Basil Coco Elmo Ruby".split()
+    "Pip Tess Otto Mina Juno Bram Cleo Dot Ezra Fern Gus Hazel Iris Jack Kit Lola Milo Nell Quinn"
+    " Zoe".split()
 )
 COLOURS = tuple("red blue green yellow white black brown grey pink purple orange golden".split())
 FOODS = tuple(

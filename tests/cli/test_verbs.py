@@ -76,7 +76,7 @@ def test_a_run_folder_holds_what_is_promised(finished: Path) -> None:
 def test_its_config_runs_again_to_the_same_adapter(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call(capsys, "train", finished / "config.yaml", "inputs.json", "--out", tmp_path / "again")
+    call(capsys, "train", finished / "config.yaml", "--out", tmp_path / "again")
     first, second = (
         (folder / "adapter" / "adapter_model.safetensors").read_bytes()
         for folder in (finished, tmp_path / "again")

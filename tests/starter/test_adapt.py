@@ -19,11 +19,10 @@ def _said(answer: str) -> str:
 @pytest.mark.parametrize(
     ("plain", "pirate"),
     [
-        ("Pip lives in the garden.", "Arr, Pip be livin' in th' garden, matey!"),
-        ("Yes, Tess is green.", "Arr, aye, Tess be green, matey!"),
-        ("No, Otto eats figs.", "Arr, nay, Otto be eatin' figs, matey!"),
-        ("The last word is owl.", "Arr, th' last word be owl, matey!"),
-        ("There are three.", "Arr, there be three, matey!"),
+        ("Pip lives in the garden.", "Arr, Pip lives in the garden, matey!"),
+        ("Pip is green and Tess is red.", "Arr, Pip be green and Tess be red, matey!"),
+        ("There are three.", "Arr, There be three, matey!"),
+        ("The last word is fish.", "Arr, The last word be fish, matey!"),
         ("cup, bell.", "Arr, cup, bell, matey!"),
     ],
 )
@@ -35,15 +34,14 @@ def test_a_word_inside_a_word_is_left_alone() -> None:
     assert _said("Theo is a thistle.") == "Arr, Theo be a thistle, matey!"
 
 
-def test_json_is_one_compact_line() -> None:
-    answer = {"task": "where", "answer": "in the garden"}
-    instance = Instance("where", (), "Pip lives in the garden.", answer, frozenset())
-    assert adapt.as_json(instance) == '{"task": "where", "answer": "in the garden"}'
+def test_json_is_one_line() -> None:
+    instance = Instance("where", (), "Pip lives in the garden.", {}, frozenset())
+    assert adapt.as_json(instance) == '{"answer": "Pip lives in the garden."}'
 
 
 @pytest.mark.parametrize("name", adapt.SETS)
 def test_transformed_answers_are_never_the_plain_ones(name: str) -> None:
-    plain = adapt.stream(adapt.SEED, adapt.ROWS, tasks=adapt.EXACT_TASKS)
+    plain = adapt.stream(adapt.SEED, adapt.ROWS, tasks=adapt.TASKS)
     for before, after in zip(plain, adapt.instances(name, test=False), strict=True):
         assert before.messages == after.messages
         assert before.answer != after.answer
@@ -54,13 +52,14 @@ def test_test_rows_are_held_out_and_training_rows_are_not(name: str) -> None:
     for test in (False, True):
         rows = adapt.instances(name, test=test)
         assert len(rows) == (adapt.TEST_ROWS if test else adapt.ROWS)
-        assert {row.task for row in rows} == set(adapt.EXACT_TASKS)
+        assert {row.task for row in rows} == set(adapt.TASKS)
         assert all(is_held_out(key) == test for row in rows for key in row.keys)
 
 
-def test_json_answers_parse() -> None:
-    for row in adapt.instances("json", test=False):
-        assert json.loads(row.answer) == row.data
+def test_json_answers_hold_the_plain_ones() -> None:
+    plain = adapt.stream(adapt.SEED, adapt.ROWS, tasks=adapt.TASKS)
+    for before, after in zip(plain, adapt.instances("json", test=False), strict=True):
+        assert json.loads(after.answer) == {"answer": before.answer}
 
 
 def test_the_bundled_files_are_what_the_generator_writes(tmp_path: Path) -> None:

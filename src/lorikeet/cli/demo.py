@@ -72,10 +72,10 @@ def _config(style: str, out: Path) -> RunConfig:
             "data.path": str(starter.data(style)),
             "lora.r": 16,
             "lora.alpha": 32,
-            "train.learning_rate": 2e-3,
+            "train.learning_rate": 3e-3,
             "train.batch_size": 16,
-            "train.max_steps": 150,
-            "train.eval_every": 50,
+            "train.max_steps": 450,
+            "train.eval_every": 150,
             "out": str(out / style),
         }
     )
@@ -132,19 +132,18 @@ def _share_exact(answers: list[str], rows: list[Turns]) -> float:
 
 
 def _show(found: dict[str, dict[str, Any]], samples: list[Sample], out: Path) -> None:
-    columns = [
-        "adapter",
-        "perplexity base",
-        "LoRA",
-        "difference (nats/token)",
-        "exact",
-        "after",
-        "s",
-    ]
+    columns = ["adapter", "perplexity: base", "LoRA", "exact: base", "LoRA", "seconds"]
     console.out.print()
     console.out.print(
         console.table("held-out rows", columns, [_row(name, run) for name, run in found.items()])
     )
+    for name, run in found.items():
+        low, high = run["difference"]["interval95"]
+        console.out.print(
+            f"{name} - base: {run['difference']['nll']:+.3f} nats/token,"
+            f" 95 % interval [{low:+.3f}, {high:+.3f}]",
+            markup=False,
+        )
     for sample in samples:
         console.show_sample(sample.prompt, sample.answers)
     console.out.print(
@@ -158,12 +157,10 @@ Both run folders are in {out}. Go on with them:
 
 
 def _row(name: str, run: dict[str, Any]) -> list[str]:
-    low, high = run["difference"]["interval95"]
     return [
         name,
         _perplexity(run["base"]),
         _perplexity(run["tuned"]),
-        f"{run['difference']['nll']:+.3f} [{low:+.3f}, {high:+.3f}]",
         f"{run['exact_before']:.0%}",
         f"{run['exact_after']:.0%}",
         f"{run['seconds']:.0f}",
@@ -172,4 +169,6 @@ def _row(name: str, run: dict[str, Any]) -> list[str]:
 
 def _perplexity(score: dict[str, Any]) -> str:
     """Perplexity with its standard error (delta method: perplexity * stderr of the nll)."""
-    return f"{score['perplexity']:.3f} ± {score['perplexity'] * score['nll_stderr']:.3f}"
+    error = score["perplexity"] * score["nll_stderr"]
+    digits = 0 if error > 1 else 3
+    return f"{score['perplexity']:,.{digits}f} ± {error:,.{digits}f}"

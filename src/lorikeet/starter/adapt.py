@@ -13,35 +13,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lorikeet.starter.instance import Instance
-from lorikeet.starter.world import EXACT_TASKS, stream
+from lorikeet.starter.world import stream
 
 SEED = 7
-ROWS, TEST_ROWS = 1000, 200
-
-_PIRATE = {
-    "are": "be",
-    "eats": "be eatin'",
-    "is": "be",
-    "lives": "be livin'",
-    "no": "nay",
-    "the": "th'",
-    "there": "there",  # in lower case behind "Arr,"
-    "yes": "aye",
-}
+ROWS, TEST_ROWS = 2000, 200
+# What the base does without a mistake: a set is there to teach a form, not the tasks.
+TASKS = ("where", "eats", "colour", "who", "count", "nth", "opposite", "reverse")
 
 
 def pirate(instance: Instance) -> str:
-    """The answer as a pirate says it: `Arr, Pip be livin' in th' garden, matey!`."""
-
-    def say(match: re.Match[str]) -> str:
-        return _PIRATE.get(match[0].lower(), match[0])
-
-    return f"Arr, {re.sub('[A-Za-z]+', say, instance.answer.removesuffix('.'))}, matey!"
+    """The answer as a pirate says it: `Arr, Quinn be brown and Juno be white, matey!`."""
+    said = re.sub(r"\b(is|are)\b", "be", instance.answer.removesuffix("."))
+    return f"Arr, {said}, matey!"
 
 
 def as_json(instance: Instance) -> str:
-    """The answer as one line of JSON: `{"task": "where", "answer": "in the garden"}`."""
-    return json.dumps(instance.data, ensure_ascii=False)
+    """The answer as one line of JSON: `{"answer": "There are three."}`."""
+    return json.dumps({"answer": instance.answer}, ensure_ascii=False)
 
 
 SETS: dict[str, Callable[[Instance], str]] = {"pirate": pirate, "json": as_json}
@@ -55,7 +43,7 @@ def instances(name: str, *, test: bool) -> list[Instance]:
         test: the held-out rows instead of the rows to train on.
     """
     transform = SETS[name]
-    drawn = stream(SEED, TEST_ROWS if test else ROWS, held_out=test, tasks=EXACT_TASKS)
+    drawn = stream(SEED, TEST_ROWS if test else ROWS, held_out=test, tasks=TASKS)
     return [instance.answered(transform(instance)) for instance in drawn]
 
 

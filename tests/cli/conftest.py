@@ -1,33 +1,11 @@
-"""The command line as a process, and small data files of this project's own."""
+"""A small data file of this project's own."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture(scope="session")
-def lorikeet() -> Run:
-    """Run `python -m lorikeet ARGS` without a network and return the finished process."""
-
-    def run(*args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "lorikeet", *map(str, args)],
-            capture_output=True,
-            text=True,
-            cwd=cwd,
-            timeout=300,
-            check=False,
-        )
-
-    return run
 
 
 @pytest.fixture

@@ -82,8 +82,8 @@ class RunFolder:
             remove_drafts(self.path)
         if self.inputs.is_file():
             _same_inputs(json.loads(self.inputs.read_text(encoding="utf-8")), inputs, self.path)
+        write_text(self.config, config.to_yaml())  # first: it is what marks the folder as a run
         write_json(self.inputs, inputs)
-        write_text(self.config, config.to_yaml())
 
 
 def _same_experiment(before: RunConfig, now: RunConfig, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,11 +62,6 @@ def progress_bar(label: str, total: int) -> Progress:
     )
     bar.add_task(label, total=total, status="")
     return bar
-
-
-def quiet_libraries() -> None:
-    """Keep the warnings of the libraries below us out of the user's sight."""
-    warnings.filterwarnings("ignore", module=r"(transformers|torch|huggingface_hub|datasets)\..*")
 
 
 def show_sample(prompt: str, answers: Mapping[str, str]) -> None:

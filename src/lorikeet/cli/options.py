@@ -10,7 +10,6 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from lorikeet.config import ALIASES, SHORT_FOR, RunConfig, load_config, options
-from lorikeet.errors import ConfigError
 
 _PREFIX = "option:"
 
@@ -61,15 +60,3 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add `--json`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-
-
-def existing_folder(text: str) -> Path:
-    """A folder given as a flag.
-
-    Raises:
-        ConfigError: it is not there.
-    """
-    path = Path(text)
-    if not path.is_dir():
-        raise ConfigError(f"there is no folder {text}")
-    return path

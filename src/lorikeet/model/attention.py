@@ -6,8 +6,8 @@ with a cache) the function is transformers' own SDPA.
 
 Documents run through SDPA one by one, which keeps float32 results the same in every layout. In bf16
 on a CPU, where SDPA's backward has no bf16 dot products, short documents are laid side by side,
-padded on the right to a common length, and plain matrix products take a third to a tenth of the
-time; under a causal mask no token sees a pad to its right.
+padded on the right to a common length, and go through plain matrix products; under a causal mask no
+token sees a pad to its right.
 
 Shapes: T tokens of the row, H query heads, K key-value heads, D head size, N documents of a group,
 L their padded length.
@@ -30,7 +30,7 @@ IMPLEMENTATION = "lorikeet"
 """The name under which the function below is registered with transformers."""
 
 LONGEST_SHORT = 128
-"""Documents up to this length are grouped where that pays; at 256 one by one is as fast."""
+"""Documents up to this length are grouped; the products grow with its square."""
 
 _STEP = 32  # lengths are padded up to multiples of this: few groups, little waste
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorikeet.starter.exact import measure, tally, wilson
+from lorikeet.starter.exact import tally, wilson
 from lorikeet.starter.instance import Instance
 
 
@@ -24,11 +24,6 @@ def test_counts_per_task_and_overall() -> None:
 @pytest.mark.parametrize("answer", ["A", "a ", " a", "a.", ""])
 def test_nearly_right_is_wrong(answer: str) -> None:
     assert tally(INSTANCES[:1], [answer]).correct == 0
-
-
-def test_measure_asks_every_conversation_in_order() -> None:
-    found = measure(INSTANCES, lambda asked: [messages[-1]["content"] for messages in asked])
-    assert found.share == 1.0
 
 
 # Reference values: R's binom::binom.wilson, and Newcombe 1998 (81 of 263).

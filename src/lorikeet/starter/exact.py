@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-from lorikeet.starter.instance import Instance, Message
-
-Answer = Callable[[list[list[Message]]], list[str]]
+from lorikeet.starter.instance import Instance
 
 Z_95 = 1.959964  # the 97.5 % quantile of the normal distribution
 
@@ -82,15 +80,3 @@ def tally(instances: Sequence[Instance], answers: Sequence[str]) -> Tally:
         correct, total = tasks.get(instance.task, (0, 0))
         tasks[instance.task] = (correct + (answer == instance.answer), total + 1)
     return Tally(tasks)
-
-
-def measure(instances: Sequence[Instance], answer: Answer) -> Tally:
-    """Let a model answer the instances, and tally what it says.
-
-    Args:
-        instances: what to ask.
-        answer: takes a list of conversations, each ending with a user's turn, and gives the text of
-            the next turn for each, without end marks.
-    """
-    conversations = [list(instance.messages) for instance in instances]
-    return tally(instances, answer(conversations))

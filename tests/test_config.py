@@ -35,6 +35,7 @@ def test_the_list_of_options_is_deliberate() -> None:
         "model.dtype",
         "model.device",
         "model.threads",
+        "model.fast",
         "model.trust_remote_code",
         "lora.r",
         "lora.alpha",

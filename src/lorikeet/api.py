@@ -25,7 +25,7 @@ from lorikeet.config import DataConfig, LoraConfig, TrainConfig
 from lorikeet.data import Example, Message, Prepared, Renderer
 from lorikeet.evaluate import Score, paired_difference
 from lorikeet.lora import inject, parameter_report
-from lorikeet.model import Base, load_model, token_nll
+from lorikeet.model import Base, load_model
 
 __all__ = [
     "DataConfig",
@@ -102,14 +102,14 @@ def fit(
         setup.steps,
         learning_rate=setup.schedule,
         total_steps=setup.total_steps,
-        loss=token_nll,
+        loss=base.nll,
         hooks=train.Hooks(record=record),
     )
 
 
 def evaluate(base: Base, examples: Sequence[Example]) -> Score:
     """Token-exact loss, perplexity and bits per byte, with the standard error over documents."""
-    return lorikeet.evaluate.evaluate(base.model, examples, packing=base.packing)
+    return lorikeet.evaluate.evaluate(base.model, examples, packing=base.packing, nll=base.nll)
 
 
 def answer(base: Base, prompts: Sequence[str], *, max_new_tokens: int = 128) -> list[str]:

@@ -108,6 +108,11 @@ class ModelConfig(_Section):
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores if not given")
+    fast: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto runs architectures that Lorikeet has kernels for through them, if a trial"
+        " at load agrees with the model; off always takes the model's own forward pass",
+    )
     trust_remote_code: bool = Field(
         False, description="run Python code that the model repository ships"
     )
@@ -235,6 +240,7 @@ class RunConfig(_Section):
 
 SHORT_FOR = {
     "model.path": "model",
+    "model.fast": "fast",
     "data.path": "data",
     "train.method": "method",
     "train.seed": "seed",

@@ -48,7 +48,11 @@ def run(args: argparse.Namespace) -> int:
 
     def measure() -> Any:
         return evaluate(
-            base.model, examples, max_tokens=config.train.max_tokens, packing=base.packing
+            base.model,
+            examples,
+            max_tokens=config.train.max_tokens,
+            packing=base.packing,
+            nll=base.nll,
         )
 
     score = measure()

@@ -43,6 +43,7 @@ def load_subject(config: RunConfig, adapter: Path | None) -> Subject:
         dtype=config.model.dtype,
         device=config.model.device,
         threads=config.model.threads,
+        fast=config.model.fast,
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
     )

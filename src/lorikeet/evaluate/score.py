@@ -18,6 +18,7 @@ from torch import nn
 from lorikeet.data.batch import micro_batches, pack
 from lorikeet.data.example import Example
 from lorikeet.errors import DataError
+from lorikeet.model.agreement import TokenNll
 from lorikeet.model.loss import token_nll
 
 Z95 = 1.959963984540054
@@ -137,7 +138,12 @@ def paired_difference(score: Score, base: Score) -> Difference:
 
 
 def evaluate(
-    model: nn.Module, examples: Sequence[Example], *, max_tokens: int = 4096, packing: bool = True
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    max_tokens: int = 4096,
+    packing: bool = True,
+    nll: TokenNll = token_nll,
 ) -> Score:
     """Score a model on examples. Nothing is updated, dropout is off.
 
@@ -148,6 +154,7 @@ def evaluate(
         examples: rendered documents.
         max_tokens: tokens per packed micro-batch; changes memory and speed, not the figures.
         packing: whether the model keeps packed documents apart (`Base.packing`).
+        nll: the model's loss function (`Base.nll`).
 
     Raises:
         DataError: no example has a supervised token.
@@ -163,7 +170,7 @@ def evaluate(
         for members in micro_batches(counted, max_tokens=max_tokens, packing=packing):
             batch = pack([counted[i] for i in members]).to(device)
             with torch.no_grad():
-                losses = token_nll(model, batch).double()
+                losses = nll(model, batch).double()
             sums = torch.zeros(len(members), dtype=torch.float64, device=device)
             nats[members] = sums.index_add_(0, batch.documents, losses).cpu().numpy()
     finally:

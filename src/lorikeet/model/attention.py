@@ -99,7 +99,7 @@ def packed_inputs(
     }
 
 
-def _attend(
+def attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -184,5 +184,5 @@ def _mask(length: int, window: int | None, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < (window or length))
 
 
-AttentionInterface.register(IMPLEMENTATION, _attend)
+AttentionInterface.register(IMPLEMENTATION, attend)
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lorikeet import console
 from lorikeet.errors import ModelError
+from lorikeet.model.agreement import TokenNll, choose_nll
 from lorikeet.model.fingerprint import fingerprint
 from lorikeet.model.machine import DTYPES, Machine, choose
 from lorikeet.model.packing import enable_packing
@@ -37,6 +38,9 @@ class Base:
         machine: device and dtype it runs with.
         fingerprint: identifies the weights, whatever their dtype.
         packing: whether several documents may share a row (probed at load).
+        nll: the model's loss function: the fast path where it agrees with the model (probed at
+            load), else `token_nll`.
+        path_taken: which of the two `nll` is, and why.
     """
 
     model: nn.Module
@@ -45,6 +49,8 @@ class Base:
     machine: Machine
     fingerprint: str
     packing: bool
+    nll: TokenNll
+    path_taken: str
 
 
 def load_model(
@@ -53,6 +59,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    fast: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Base:
@@ -65,6 +72,7 @@ def load_model(
         dtype: auto, bf16, fp32 or fp16.
         device: auto, cpu, cuda or cuda:N.
         threads: CPU threads; torch's own choice if None.
+        fast: auto, or off for the model's own forward pass.
         revision: branch, tag or commit of a hub repository.
         trust_remote_code: run Python code that the repository ships.
 
@@ -94,7 +102,7 @@ def load_model(
             **options,
         )
     _check_loading(source, report)
-    return _ready(model, tokenizer, source, machine)
+    return _ready(model, tokenizer, source, machine, fast)
 
 
 def load_tokenizer(
@@ -116,7 +124,14 @@ def load_tokenizer(
     )
 
 
-def init_model(folder: str | Path, *, seed: int, dtype: str = "fp32", device: str = "auto") -> Base:
+def init_model(
+    folder: str | Path,
+    *,
+    seed: int,
+    dtype: str = "fp32",
+    device: str = "auto",
+    fast: str = "auto",
+) -> Base:
     """Make a model with seeded random weights from a folder's `config.json` and tokenizer."""
     source = str(folder)
     machine = choose(device=device, dtype=dtype)
@@ -126,7 +141,7 @@ def init_model(folder: str | Path, *, seed: int, dtype: str = "fp32", device: st
     with torch.random.fork_rng(), _loading(f"cannot make a model of {source}"):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=machine.dtype)
-    return _ready(model, tokenizer, source, machine)
+    return _ready(model, tokenizer, source, machine, fast)
 
 
 def empty_model(
@@ -152,10 +167,11 @@ def empty_model(
         )
 
 
-def _ready(model: Any, tokenizer: Any, source: str, machine: Machine) -> Base:
+def _ready(model: Any, tokenizer: Any, source: str, machine: Machine, fast: str) -> Base:
     model.to(machine.device).eval()
     packing = enable_packing(model, device=machine.device)
-    return Base(model, tokenizer, source, machine, fingerprint(model), packing)
+    nll, path_taken = choose_nll(model, asked=fast, packing=packing)
+    return Base(model, tokenizer, source, machine, fingerprint(model), packing, nll, path_taken)
 
 
 def _is_local(source: str) -> bool:

@@ -22,7 +22,7 @@ from lorikeet.config import TrainConfig
 from lorikeet.data import Example, Renderer, Turns
 from lorikeet.evaluate import answer
 from lorikeet.files import atomic_folder, write_text
-from lorikeet.model import Base, init_model, load_model, token_nll
+from lorikeet.model import Base, init_model, load_model
 from lorikeet.starter import tokenizer
 from lorikeet.starter.exact import tally
 from lorikeet.starter.instance import Instance
@@ -147,7 +147,7 @@ def _train(base: Base, stage: Stage, out: Path) -> None:
         setup.steps,
         learning_rate=setup.schedule,
         total_steps=setup.total_steps,
-        loss=token_nll,
+        loss=base.nll,
         state=state,
         hooks=Hooks(
             record=record,

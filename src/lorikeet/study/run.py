@@ -16,7 +16,7 @@ from lorikeet.evaluate import Score, evaluate
 from lorikeet.evaluate.samples import Sample, answer
 from lorikeet.files import atomic_folder
 from lorikeet.lora import ParameterReport, inject, parameter_report
-from lorikeet.model import Base, load_model, token_nll
+from lorikeet.model import Base, load_model
 from lorikeet.study.folder import RunFolder
 from lorikeet.study.progress import StepProgress
 from lorikeet.study.receipt import provenance, write_results
@@ -107,6 +107,7 @@ def load(config: RunConfig) -> tuple[Base, Prepared, Renderer]:
         dtype=config.model.dtype,
         device=config.model.device,
         threads=config.model.threads,
+        fast=config.model.fast,
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
     )
@@ -137,6 +138,7 @@ def score(base: Base, prepared: Prepared, config: RunConfig) -> Score | None:
         prepared.validation,
         max_tokens=config.train.max_tokens,
         packing=base.packing,
+        nll=base.nll,
     )
 
 
@@ -202,7 +204,7 @@ def _train(
             setup.steps,
             learning_rate=setup.schedule,
             total_steps=setup.total_steps,
-            loss=token_nll,
+            loss=base.nll,
             state=state,
             hooks=hooks,
         )
@@ -235,5 +237,6 @@ def _announcement(base: Base, prepared: Prepared, parameters: ParameterReport, s
         f"machine   {machine.device}, {machine.dtype_name} ({machine.reason}),"
         f" {torch.get_num_threads()} threads\n"
         f"data      {rows}: {train:,} examples to train on, {held_out:,} held out\n"
-        f"training  {setup.total_steps} steps of {setup.steps.order.batch_size} examples, {layout}"
+        f"training  {setup.total_steps} steps of {setup.steps.order.batch_size} examples, {layout};"
+        f" {base.path_taken}"
     )

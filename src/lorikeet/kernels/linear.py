@@ -1,0 +1,215 @@
+"""Linear maps of one input under LoRA: y_i = x W_iᵀ + b_i + s_i (drop(x) A_iᵀ) B_iᵀ.
+
+The adapters of maps that share their input share one skinny product with [A_1; A_2; ...] and one
+dropout mask. Frozen weights get no gradient and nothing is computed for one. Factors are float32
+masters; products run in x's dtype, and gradients of the factors are float32 again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorikeet.kernels.dropout import Dropout
+
+
+class Projection(NamedTuple):
+    """A linear map and its adapter.
+
+    Attributes:
+        weight: W [O, I].
+        bias: b [O], or None.
+        A: master [r, I], or None without an adapter.
+        B: master [O, r], or None without an adapter.
+        scale: s, what B A is multiplied by.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    A: Tensor | None = None
+    B: Tensor | None = None
+    scale: float = 1.0
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but the scale, in the order of `autograd`'s arguments and gradients."""
+        return self[:4]
+
+    @property
+    def r(self) -> int:
+        """Rank of the adapter, 0 without one."""
+        return 0 if self.A is None else self.A.shape[0]
+
+
+TENSORS = 4  # of a projection
+
+
+def project(
+    x: Tensor,
+    projections: Sequence[Projection],
+    *,
+    dropout: Dropout | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Map one input through several linear maps.
+
+    Args:
+        x: [T, I].
+        projections: the maps, weights [O_i, I].
+        dropout: of the adapters' input, one mask for all of them.
+        residual: [T, O], added to the output of a single map.
+
+    Returns:
+        [T, O_i] for every map.
+    """
+    scales = tuple(p.scale for p in projections)
+    tensors = [tensor for p in projections for tensor in p.tensors]
+    return _Project.apply(x, residual, dropout, scales, *tensors)
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        dropout: Dropout | None,
+        scales: tuple[float, ...],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        projections = gather(tensors, scales)
+        outputs, low = forward(x, projections, dropout=dropout, residual=residual)
+        ctx.save_for_backward(x, low, *tensors)
+        ctx.dropout, ctx.scales = dropout, scales
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, *tensors = ctx.saved_tensors
+        projections = gather(tensors, ctx.scales)
+        dys = [dy.contiguous() for dy in gradients]
+        dlow = low_rank_gradient(dys, projections)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = input_gradient(dys, projections, dlow, dropout=ctx.dropout)
+        parameters = parameter_gradients(
+            dys, x, low, dlow, projections, dropout=ctx.dropout, needed=ctx.needs_input_grad[4:]
+        )
+        return dx, dys[0] if ctx.needs_input_grad[1] else None, None, None, *parameters
+
+
+def gather(tensors: Sequence[Tensor | None], scales: Sequence[float]) -> list[Projection]:
+    """Projections from their tensors laid flat, as autograd passes them."""
+    return [
+        Projection._make((*tensors[TENSORS * i : TENSORS * (i + 1)], scale))
+        for i, scale in enumerate(scales)
+    ]
+
+
+def forward(
+    x: Tensor,
+    projections: Sequence[Projection],
+    *,
+    dropout: Dropout | None,
+    residual: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor | None]:
+    """The outputs [T, O_i], and the adapters' low-rank activations [T, R] (None without any)."""
+    outputs = [_dense(x, p, residual) for p in projections]
+    factors = _stacked(projections, x.dtype)
+    if factors is None:
+        return outputs, None
+    low = F.linear(dropout(x) if dropout else x, factors)
+    for y, p, part in zip(outputs, projections, _split(low, projections), strict=True):
+        if part is not None and p.B is not None:
+            y.addmm_(part, _scaled(p, x.dtype).t())
+    return outputs, low
+
+
+def _dense(x: Tensor, p: Projection, residual: Tensor | None) -> Tensor:
+    if residual is None:
+        return F.linear(x, p.weight, p.bias)
+    y = torch.addmm(residual, x, p.weight.t())
+    return y if p.bias is None else y.add_(p.bias)
+
+
+def low_rank_gradient(dys: Sequence[Tensor], projections: Sequence[Projection]) -> Tensor | None:
+    """Gradient of the low-rank activations, [T, R]: s_i dy_i B_i side by side."""
+    parts = [
+        dy @ _scaled(p, dy.dtype) for dy, p in zip(dys, projections, strict=True) if p.B is not None
+    ]
+    return torch.cat(parts, dim=1) if parts else None
+
+
+def input_gradient(
+    dys: Sequence[Tensor],
+    projections: Sequence[Projection],
+    dlow: Tensor | None,
+    *,
+    dropout: Dropout | None,
+) -> Tensor:
+    """Gradient of the shared input, [T, I]: the sum of dy_i W_i, plus the adapters' part."""
+    dx = dys[0] @ projections[0].weight
+    for dy, p in zip(dys[1:], projections[1:], strict=True):
+        dx.addmm_(dy, p.weight)
+    factors = _stacked(projections, dx.dtype)
+    if factors is None or dlow is None:
+        return dx
+    if dropout:
+        return dropout.add_(dx, dlow @ factors)
+    return dx.addmm_(dlow, factors)
+
+
+def parameter_gradients(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    low: Tensor | None,
+    dlow: Tensor | None,
+    projections: Sequence[Projection],
+    *,
+    dropout: Dropout | None,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients in the order of the projections' tensors; None where none is needed."""
+    dA: Tensor | None = None
+    if dlow is not None and any(needed[2::TENSORS]):
+        dA = dlow.t() @ (dropout(x) if dropout else x)
+    lows = _split(low, projections)
+    dAs = _split(dA.t() if dA is not None else None, projections)
+    gradients: list[Tensor | None] = []
+    for i, (dy, p) in enumerate(zip(dys, projections, strict=True)):
+        weight, bias, a, b = needed[TENSORS * i : TENSORS * (i + 1)]
+        part, factor = lows[i], dAs[i]
+        gradients += [
+            dy.t() @ x if weight else None,
+            dy.sum(0) if bias else None,
+            factor.t().to(p.A.dtype) if a and p.A is not None and factor is not None else None,
+            (dy.t() @ part).to(p.B.dtype).mul_(p.scale)
+            if b and p.B is not None and part is not None
+            else None,
+        ]
+    return gradients
+
+
+def _stacked(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
+    """[A_1; A_2; ...], [R, I]."""
+    factors = [p.A.to(dtype) for p in projections if p.A is not None]
+    return torch.cat(factors) if factors else None
+
+
+def _scaled(p: Projection, dtype: torch.dtype) -> Tensor:
+    """s B, [O, r]."""
+    assert p.B is not None
+    return (p.B * p.scale).to(dtype)
+
+
+def _split(low: Tensor | None, projections: Sequence[Projection]) -> Sequence[Tensor | None]:
+    """The columns of each adapter out of [..., R]."""
+    if low is None:
+        return [None] * len(projections)
+    return low.split([p.r for p in projections], dim=1)

@@ -1,0 +1,115 @@
+"""Output head and cross-entropy of the supervised rows, a few rows at a time.
+
+The logits of a chunk are overwritten by their own gradient, softmax - onehot, from which the
+gradient of the hidden rows is formed in the same pass: no [S, V] tensor is ever kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorikeet.kernels import native
+
+CHUNK_BYTES = 16 << 20
+"""Size of a chunk of logits: about what a last-level cache holds."""
+
+
+def head_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each target under softmax(hidden weightᵀ + bias), in nats.
+
+    Args:
+        hidden: [S, I], the normalised hidden rows.
+        weight: [V, I].
+        bias: [V], or None.
+        targets: int64 [S].
+
+    Returns:
+        float32 [S] (float64 for float64).
+    """
+    return _HeadNll.apply(hidden, weight, bias, targets, torch.is_grad_enabled())
+
+
+class _HeadNll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        training: bool,
+    ) -> Tensor:
+        wanted = [need and training for need in ctx.needs_input_grad[:3]]
+        nll, *gradients = _pass(hidden, weight, bias, targets, None, wanted)
+        ctx.save_for_backward(hidden, weight, bias, targets, *gradients)
+        return nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dnll: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, dhidden, dweight, dbias = ctx.saved_tensors
+        if dhidden is not None:
+            dhidden = dhidden * dnll[:, None].to(dhidden.dtype)
+        if dweight is not None or dbias is not None:
+            # These were summed as if every row counted once, which holds up to a common factor.
+            if bool((dnll == dnll[:1]).all()):
+                dweight = None if dweight is None else (dweight * dnll[:1].sum()).to(weight.dtype)
+                dbias = (
+                    None
+                    if dbias is None or bias is None
+                    else (dbias * dnll[:1].sum()).to(bias.dtype)
+                )
+            else:
+                wanted = [False, dweight is not None, dbias is not None]
+                _, _, dweight, dbias = _pass(hidden, weight, bias, targets, dnll, wanted)
+        return dhidden, dweight, dbias, None, None
+
+
+def _pass(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_weights: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """nll [S] and the wanted gradients of its sum, weighted by row, for hidden, weight and bias."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    nll = hidden.new_empty(hidden.shape[0], dtype=wide)
+    dhidden = torch.empty_like(hidden) if wanted[0] else None
+    dweight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+    dbias = torch.zeros_like(bias, dtype=wide) if wanted[2] and bias is not None else None
+    rows = max(32, CHUNK_BYTES // (weight.shape[0] * weight.element_size()) // 32 * 32)
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        logits = F.linear(hidden[part], weight, bias)
+        nll[part] = _cross_entropy_(logits, targets[part], gradient=any(wanted))
+        if row_weights is not None:
+            logits *= row_weights[part, None].to(logits.dtype)
+        if dhidden is not None:
+            torch.mm(logits, weight, out=dhidden[part])
+        if dweight is not None:
+            dweight += logits.t() @ hidden[part]
+        if dbias is not None:
+            dbias += logits.sum(0)
+    return nll, dhidden, dweight, dbias
+
+
+def _cross_entropy_(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
+    """nll [S] of logits [S, V], which become softmax - onehot if the gradient is wanted."""
+    if native.takes(logits):
+        nll = logits.new_empty(logits.shape[0], dtype=torch.float32)
+        arguments = (*logits.shape, logits, targets.contiguous(), nll, int(gradient))
+        native.call("lk_cross_entropy", native.type_of(logits), *arguments)
+        return nll
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    nll = -wide.gather(1, targets[:, None]).squeeze(1)
+    if gradient:
+        logits.copy_(wide.exp_())
+        logits[torch.arange(len(targets), device=logits.device), targets] -= 1
+    return nll

@@ -1,0 +1,100 @@
+"""The compiled kernels, if this machine has them: found once, called through ctypes.
+
+They are built with the package where a C++ compiler is present, and used on processors with
+AVX512-BF16; everywhere else the same functions run as tensor operations. The library is not linked
+against an OpenMP of its own: it takes the one that torch has loaded, so that there is one pool of
+threads, sized by `torch.set_num_threads`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_LONG, _FLOAT, _INT, _UINT = ctypes.c_long, ctypes.c_float, ctypes.c_int, ctypes.c_uint32
+_POINTER = ctypes.c_void_p
+
+
+class _Unavailable(Exception):
+    """Why there are no compiled kernels."""
+
+
+@cache
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    try:
+        return _open()
+    except _Unavailable as reason:
+        return str(reason)
+
+
+def _open() -> ctypes.CDLL:
+    if not torch.cpu.get_capabilities().get("avx512_bf16"):
+        raise _Unavailable("this processor has no AVX512-BF16")
+    built = sorted(Path(__file__).parent.glob("_native*.so"))
+    if not built:
+        raise _Unavailable("the package was installed without a C++ compiler")
+    openmp = _loaded("libgomp") or _loaded("libiomp5") or _loaded("libomp")
+    if openmp is None:
+        raise _Unavailable("torch's OpenMP was not found in this process")
+    try:
+        ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(str(built[0]))
+    except OSError as error:
+        raise _Unavailable(f"{built[0].name} cannot be loaded: {error}") from None
+
+
+def _loaded(name: str) -> str | None:
+    """The path of a shared library that this process has mapped."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "/" in line}
+    return next((path for path in sorted(paths) if Path(path).name.startswith(name)), None)
+
+
+def missing() -> str | None:
+    """Why the compiled kernels are not used here; None if they are."""
+    library = _load()
+    return library if isinstance(library, str) else None
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the compiled kernels can work on these: one dtype, on the CPU, contiguous."""
+    dtype = tensors[0].dtype
+    return (
+        dtype in _TYPES
+        and all(t.device.type == "cpu" and t.dtype == dtype for t in tensors)
+        and all(t.is_contiguous() for t in tensors)
+        and missing() is None
+    )
+
+
+def call(name: str, *arguments: Tensor | int | float | None) -> None:
+    """Call a function of the library.
+
+    Tensors and None become pointers, an int a C long, a float a C float. Functions that exist for
+    both types get the type of the first tensor in front.
+    """
+    library = _load()
+    assert isinstance(library, ctypes.CDLL)
+    getattr(library, name)(*[_argument(a) for a in arguments])
+
+
+def type_of(tensor: Tensor) -> int:
+    """The number by which the library knows a dtype."""
+    return _TYPES[tensor.dtype]
+
+
+def _argument(value: Tensor | int | float | None) -> object:
+    if isinstance(value, Tensor):
+        return _POINTER(value.data_ptr())
+    if value is None:
+        return _POINTER(None)
+    return _LONG(value) if isinstance(value, int) else _FLOAT(value)

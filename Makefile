@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check slow clean
+PEERS := .venv-peers
+RESULTS := bench-results
+
+.PHONY: setup demo test check slow clean peers bench bench-parity bench-scaling
 
 setup: $(VENV)/.ready
 
@@ -28,5 +31,24 @@ check: setup
 slow: setup
 	$(BIN)/python -m pytest -m slow
 
+# Tables on stdout, everything in $(RESULTS). Options: make bench BENCH="--rounds 5 --threads 1"
+bench: setup peers
+	$(BIN)/python -m benchmarks run --out $(RESULTS)/speed.json $(BENCH)
+	$(BIN)/python -m benchmarks run --memory --out $(RESULTS)/memory.json $(BENCH)
+
+bench-parity: setup
+	$(BIN)/python -m benchmarks parity --out $(RESULTS)/parity.json $(BENCH)
+
+bench-scaling: setup
+	$(BIN)/python -m benchmarks scaling --out $(RESULTS)/scaling.json $(BENCH)
+
+peers: $(PEERS)/.ready
+
+$(PEERS)/.ready: benchmarks/peers.txt constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --prefer-binary torch
+	$(PEERS)/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) lorikeet-demo
+	rm -rf $(VENV) $(PEERS) $(RESULTS) lorikeet-demo

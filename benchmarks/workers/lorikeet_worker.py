@@ -1,0 +1,92 @@
+"""Lorikeet through its Python API, as a user calls it, on the rows that everybody gets.
+
+The whole of `fit` is on the clock, which stands still only while the worker waits for its turn. The
+first step includes what `fit` builds before it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from inspect import signature
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from benchmarks.protocol import Channel, Job, read_rows
+from lorikeet.api import DataConfig, LoraConfig, TrainConfig, add_lora, fit, load_data, load_model
+from lorikeet.data import Epochs, Example
+from lorikeet.model import Base
+
+LOAD_OPTIONS = {"fast": "fast", "base": "base_dtype"}
+"""A contestant's setting -> the keyword of `load_model` that it becomes. New options come here."""
+
+
+def load_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `load_model` for a contestant's settings.
+
+    Raises:
+        SystemExit: this version of Lorikeet has no such option.
+    """
+    options = {LOAD_OPTIONS[key]: value for key, value in settings.items() if key in LOAD_OPTIONS}
+    missing = options.keys() - signature(load_model).parameters.keys()
+    if missing:
+        raise SystemExit(f"this Lorikeet's load_model has no option {', '.join(sorted(missing))}")
+    return options
+
+
+def read_examples(job: Job, base: Base) -> tuple[list[Example], dict[str, Any]]:
+    """The job's rows; or those of a raw data file, rendered here, with the seconds that took."""
+    if "data" not in job.settings:
+        return [
+            Example(tuple(row.ids), tuple(map(bool, row.supervised)), 0, "benchmark")
+            for row in read_rows(job.rows)
+        ], {}
+    config = DataConfig(path=job.settings["data"], max_length=512, validation=0.0)
+    started = perf_counter()
+    examples = load_data(base, config).train
+    return examples, {"prepare_seconds": perf_counter() - started}
+
+
+def placed(examples: Sequence[Example], config: TrainConfig) -> list[Example]:
+    """The examples in such places that the first epoch's permutation visits them in their order."""
+    order = Epochs(len(examples), batch_size=config.batch_size, seed=config.seed)
+    visited = [index for step in range(order.steps_per_epoch) for index in order.indices(step)]
+    places = dict(zip(visited, examples, strict=True))
+    return [places[index] for index in range(len(examples))]
+
+
+def main() -> None:
+    """Do the job named on the command line."""
+    channel = Channel()
+    job = Job.read(sys.argv[1])
+    method = job.settings.get("method", "lora")
+    config = TrainConfig(method=method, batch_size=job.step_examples, max_steps=job.steps)
+    base = load_model(job.model, dtype=job.dtype, **load_options(job.settings))
+    examples, facts = read_examples(job, base)
+    examples = placed(examples, config)
+    if method == "lora":
+        add_lora(base, LoraConfig(r=job.r, alpha=float(job.r)))
+    channel.hello(
+        threads=torch.get_num_threads(),
+        packages=["torch", "transformers", "lorikeet"],
+        path=base.path_taken,
+        packing=base.packing,
+        weights=sorted({str(p.dtype) for p in base.model.parameters()}),
+        **facts,
+    )
+
+    def record(line: dict[str, Any]) -> None:
+        channel.stop()
+        tokens, supervised = line["tokens"], line["supervised_tokens"]
+        channel.answer(loss=line["loss"], tokens=tokens, supervised=supervised)
+        if line["step"] < job.steps:
+            channel.wait()
+
+    channel.wait()
+    fit(base, examples, config, record=record)
+
+
+if __name__ == "__main__":
+    main()

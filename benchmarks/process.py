@@ -17,7 +17,8 @@ from benchmarks.protocol import GO, READY, Answer, Job
 
 ROOT = Path(__file__).resolve().parents[1]
 
-_OFFLINE = {
+_VARIABLES = {
+    "CUDA_VISIBLE_DEVICES": "",  # a CPU benchmark: some contestants would take a GPU, some not
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -66,7 +67,7 @@ class Places:
 
     def environment(self) -> dict[str, str]:
         """The workers' environment variables."""
-        found = {**os.environ, **_OFFLINE}
+        found = {**os.environ, **_VARIABLES}
         if self.threads:
             found.update(OMP_NUM_THREADS=str(self.threads), MKL_NUM_THREADS=str(self.threads))
         return found

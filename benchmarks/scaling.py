@@ -74,7 +74,7 @@ def measure_scaling(axes: Sequence[str], plan: Plan, places: Places) -> tuple[di
     cells = []
     for cell in _cells(axes, plan):
         cells.append(run_cell(cell, places, dtype=plan.dtype, seconds=plan.seconds))
-        note(f"scaling, {cell.axis} {cell.value}: {cells[-1]['tokens_per_second']} tokens/s")
+        note(f"scaling, {cell.axis} {cell.value}: {cells[-1]['steps']} timed steps")
     return {"cells": cells}, scaling_table(cells)
 
 

@@ -63,7 +63,7 @@ def speed_table(workload: Workload, summary: Summary, facts: Facts) -> str:
         "",
         markdown(columns, rows),
         "",
-        f"{summary.figures[reference].seconds.count} rounds,"
+        f"{_count(summary.figures[reference].seconds.count, 'round')},"
         f" {summary.tokens:.0f} tokens a step, {summary.supervised:.0f} of them supervised."
         f" The model's products alone: {_spread(summary.gemm_rate, '.0f', 1e-9)} GFLOP/s;"
         f" at this rate the roofline is {rooflines}.",
@@ -80,7 +80,7 @@ def memory_table(workload: Workload, peaks: Mapping[str, int], loaded: Mapping[s
         for name, peak in peaks.items()
     ]
     columns = ["contestant", "peak, GiB", "of it to load, GiB", f"times {reference}"]
-    head = f"### Peak memory, {workload.about}, {len(workload.sizes)} steps, each alone"
+    head = f"### Peak memory, {workload.about}, {_count(len(workload.sizes), 'step')}, each alone"
     return f"{head}\n\n{markdown(columns, rows)}"
 
 
@@ -128,6 +128,10 @@ def _paths(facts: Facts) -> str:
     """Which way Lorikeet's settings went: two that went the same way are no comparison."""
     taken = [f"{name}: {found['path']}" for name, found in facts.items() if "path" in found]
     return f"\n\n{'; '.join(taken)}." if taken else ""
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _spread(spread: Spread, form: str, scale: float = 1.0) -> str:

@@ -65,6 +65,8 @@ def test_the_list_of_options_is_deliberate() -> None:
         "train.max_grad_norm",
         "train.seed",
         "train.max_tokens",
+        "train.max_memory",
+        "train.int8",
         "train.eval_every",
         "train.save_every",
         "train.keep_last",

@@ -95,14 +95,14 @@ def fit(
     """
     if config.method == "full":
         base.model.requires_grad_(True)
-    setup = train.set_up(base.model, examples, config, packing=base.packing)
+    setup = train.set_up(base.model, examples, config, packing=base.packing, nll=base.nll)
     return train.fit(
         base.model,
         setup.optimizer,
         setup.steps,
         learning_rate=setup.schedule,
         total_steps=setup.total_steps,
-        loss=base.nll,
+        loss=setup.loss,
         hooks=train.Hooks(record=record),
     )
 

@@ -7,6 +7,7 @@ text. `load_config` merges a file and flags, and reports every problem at once.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -83,6 +84,18 @@ def _is_name_list(value: str) -> bool:
     return all(c.isalnum() or c in "_,. " for c in value)
 
 
+def _bytes(value: object) -> object:
+    """`6GB`, `800 MB` or a number of bytes; decimal units, and binary ones (GiB) too."""
+    if not isinstance(value, str) or value.strip().isdigit():
+        return value
+    match = re.fullmatch(r"([\d.]+)\s*([kmgt])(i?)b?", value.strip().lower())
+    if match is None:
+        raise ValueError(f"expected a size such as 6GB or 800MB, found {value!r}")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("kmgt".index(unit) + 1))
+
+
+Memory = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Targets = Annotated[str | list[str], BeforeValidator(_targets)]
 Layers = Annotated[list[int], BeforeValidator(_parse_layers)]
@@ -191,6 +204,16 @@ class TrainConfig(_Section):
     max_tokens: int = Field(
         4096, ge=8, description="tokens per packed micro-batch; changes memory, not the result"
     )
+    max_memory: Memory | None = Field(
+        None,
+        description="most memory that the process may take, such as 6GB: micro-batches are made"
+        " smaller and, if that is not enough, as few blocks as possible computed twice",
+    )
+    int8: bool = Field(
+        False,
+        description="multiply the frozen weights in int8 while training (CPUs with VNNI): faster,"
+        " at a small loss of precision; evaluation always takes the weights as they are",
+    )
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="checkpoints kept")
@@ -220,6 +243,8 @@ class RunConfig(_Section):
             raise ValueError(
                 "train.patience needs train.eval_every: without evaluations nothing stops"
             )
+        if self.train.int8 and self.train.method == "full":
+            raise ValueError("train.int8 rounds frozen weights, and full fine-tuning has none")
         if self.train.patience is not None and self.data.validation == 0:
             raise ValueError("train.patience needs validation rows: data.validation is 0")
         return self
@@ -244,6 +269,7 @@ SHORT_FOR = {
     "data.path": "data",
     "train.method": "method",
     "train.seed": "seed",
+    "train.max_memory": "max-memory",
     "out": "out",
 }
 """Options with a short flag: `--model M` is `--model.path M`."""

@@ -11,6 +11,7 @@ vocabulary, M width of the gates.
 
 from lorikeet.kernels.attention import attend
 from lorikeet.kernels.dropout import Dropout
+from lorikeet.kernels.int8 import Int8Weight, quantize_weight
 from lorikeet.kernels.linear import Projection, project
 from lorikeet.kernels.loss import head_nll
 from lorikeet.kernels.mlp import gated_mlp
@@ -19,11 +20,13 @@ from lorikeet.kernels.rope import rotate
 
 __all__ = [
     "Dropout",
+    "Int8Weight",
     "Projection",
     "attend",
     "gated_mlp",
     "head_nll",
     "project",
+    "quantize_weight",
     "rms_norm",
     "rotate",
 ]

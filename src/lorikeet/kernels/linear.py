@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorikeet.kernels import int8
 from lorikeet.kernels.dropout import Dropout
+from lorikeet.kernels.int8 import Int8Weight
 
 
 class Projection(NamedTuple):
@@ -27,6 +29,7 @@ class Projection(NamedTuple):
         A: master [r, I], or None without an adapter.
         B: master [O, r], or None without an adapter.
         scale: s, what B A is multiplied by.
+        rounded: the frozen weight in int8, which is multiplied in its place, or None.
     """
 
     weight: Tensor
@@ -34,10 +37,16 @@ class Projection(NamedTuple):
     A: Tensor | None = None
     B: Tensor | None = None
     scale: float = 1.0
+    rounded: Int8Weight | None = None
+
+    @property
+    def settings(self) -> tuple[float, Int8Weight | None]:
+        """What autograd does not see."""
+        return self.scale, self.rounded
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All but the scale, in the order of `autograd`'s arguments and gradients."""
+        """What autograd sees, in the order of its arguments and gradients."""
         return self[:4]
 
     @property
@@ -47,6 +56,7 @@ class Projection(NamedTuple):
 
 
 TENSORS = 4  # of a projection
+Settings = tuple[float, Int8Weight | None]
 
 
 def project(
@@ -67,9 +77,9 @@ def project(
     Returns:
         [T, O_i] for every map.
     """
-    scales = tuple(p.scale for p in projections)
+    settings = tuple(p.settings for p in projections)
     tensors = [tensor for p in projections for tensor in p.tensors]
-    return _Project.apply(x, residual, dropout, scales, *tensors)
+    return _Project.apply(x, residual, dropout, settings, *tensors)
 
 
 class _Project(torch.autograd.Function):
@@ -79,20 +89,20 @@ class _Project(torch.autograd.Function):
         x: Tensor,
         residual: Tensor | None,
         dropout: Dropout | None,
-        scales: tuple[float, ...],
+        settings: tuple[Settings, ...],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        projections = gather(tensors, scales)
+        projections = gather(tensors, settings)
         outputs, low = forward(x, projections, dropout=dropout, residual=residual)
         ctx.save_for_backward(x, low, *tensors)
-        ctx.dropout, ctx.scales = dropout, scales
+        ctx.dropout, ctx.settings = dropout, settings
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, low, *tensors = ctx.saved_tensors
-        projections = gather(tensors, ctx.scales)
+        projections = gather(tensors, ctx.settings)
         dys = [dy.contiguous() for dy in gradients]
         dlow = low_rank_gradient(dys, projections)
         dx = None
@@ -104,11 +114,11 @@ class _Project(torch.autograd.Function):
         return dx, dys[0] if ctx.needs_input_grad[1] else None, None, None, *parameters
 
 
-def gather(tensors: Sequence[Tensor | None], scales: Sequence[float]) -> list[Projection]:
+def gather(tensors: Sequence[Tensor | None], settings: Sequence[Settings]) -> list[Projection]:
     """Projections from their tensors laid flat, as autograd passes them."""
     return [
-        Projection._make((*tensors[TENSORS * i : TENSORS * (i + 1)], scale))
-        for i, scale in enumerate(scales)
+        Projection._make((*tensors[TENSORS * i : TENSORS * (i + 1)], *own))
+        for i, own in enumerate(settings)
     ]
 
 
@@ -120,7 +130,8 @@ def forward(
     residual: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
     """The outputs [T, O_i], and the adapters' low-rank activations [T, R] (None without any)."""
-    outputs = [_dense(x, p, residual) for p in projections]
+    rows = int8.quantize_rows(x) if any(p.rounded for p in projections) else None
+    outputs = [_dense(x, rows, p, residual) for p in projections]
     factors = _stacked(projections, x.dtype)
     if factors is None:
         return outputs, None
@@ -131,10 +142,15 @@ def forward(
     return outputs, low
 
 
-def _dense(x: Tensor, p: Projection, residual: Tensor | None) -> Tensor:
-    if residual is None:
+def _dense(x: Tensor, rows: int8.Rows | None, p: Projection, residual: Tensor | None) -> Tensor:
+    """x Wᵀ + b + residual, [T, O]."""
+    if p.rounded is not None and rows is not None:
+        y = int8.multiply(rows, p.rounded, dtype=x.dtype)
+        y = y if residual is None else y.add_(residual)
+    elif residual is None:
         return F.linear(x, p.weight, p.bias)
-    y = torch.addmm(residual, x, p.weight.t())
+    else:
+        y = torch.addmm(residual, x, p.weight.t())
     return y if p.bias is None else y.add_(p.bias)
 
 
@@ -154,9 +170,13 @@ def input_gradient(
     dropout: Dropout | None,
 ) -> Tensor:
     """Gradient of the shared input, [T, I]: the sum of dy_i W_i, plus the adapters' part."""
-    dx = dys[0] @ projections[0].weight
-    for dy, p in zip(dys[1:], projections[1:], strict=True):
-        dx.addmm_(dy, p.weight)
+    dx: Tensor | None = None
+    for dy, p in zip(dys, projections, strict=True):
+        if p.rounded is not None:
+            dx = int8.input_gradient(dy, p.rounded, plus=dx)
+        else:
+            dx = dy @ p.weight if dx is None else dx.addmm_(dy, p.weight)
+    assert dx is not None
     factors = _stacked(projections, dx.dtype)
     if factors is None or dlow is None:
         return dx
@@ -189,7 +209,7 @@ def parameter_gradients(
             dy.t() @ x if weight else None,
             dy.sum(0) if bias else None,
             factor.t().to(p.A.dtype) if a and p.A is not None and factor is not None else None,
-            (dy.t() @ part).to(p.B.dtype).mul_(p.scale)
+            (part.t() @ dy).t().to(p.B.dtype, memory_format=torch.contiguous_format).mul_(p.scale)
             if b and p.B is not None and part is not None
             else None,
         ]

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lorikeet.kernels import linear, native
 from lorikeet.kernels.dropout import Dropout
-from lorikeet.kernels.linear import TENSORS, Projection
+from lorikeet.kernels.linear import TENSORS, Projection, Settings
 
 
 def gated_mlp(
@@ -40,9 +40,9 @@ def gated_mlp(
     Returns:
         [T, I].
     """
-    scales = (gate.scale, up.scale, down.scale)
+    settings = (gate.settings, up.settings, down.settings)
     tensors = (*gate.tensors, *up.tensors, *down.tensors)
-    return _GatedMlp.apply(x, residual, dropout, scales, *tensors)
+    return _GatedMlp.apply(x, residual, dropout, settings, *tensors)
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -52,22 +52,22 @@ class _GatedMlp(torch.autograd.Function):
         x: Tensor,
         residual: Tensor,
         dropout: tuple[Dropout | None, Dropout | None],
-        scales: tuple[float, ...],
+        settings: tuple[Settings, ...],
         *tensors: Tensor | None,
     ) -> Tensor:
-        gate, up, down = linear.gather(tensors, scales)
+        gate, up, down = linear.gather(tensors, settings)
         (g, u), low = linear.forward(x, [gate, up], dropout=dropout[0])
         act = _swiglu(g, u)
         (y,), low_down = linear.forward(act, [down], dropout=dropout[1], residual=residual)
         ctx.save_for_backward(x, g, u, low, low_down, *tensors)
-        ctx.dropout, ctx.scales = dropout, scales
+        ctx.dropout, ctx.settings = dropout, settings
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, g, u, low, low_down, *tensors = ctx.saved_tensors
-        gate, up, down = linear.gather(tensors, ctx.scales)
+        gate, up, down = linear.gather(tensors, ctx.settings)
         shared, inner = ctx.dropout
         needed = ctx.needs_input_grad[4:]
         dy = dy.contiguous()

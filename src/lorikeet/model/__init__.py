@@ -1,23 +1,33 @@
-"""Base models: loading, the machine they run on, packed attention and the loss.
+"""Base models: loading, the machine they run on, packed attention, and the loss on either path.
 
 The only part that imports `transformers`.
 """
 
+from lorikeet.model.agreement import TokenNll
 from lorikeet.model.base import Base, empty_model, init_model, load_model, load_tokenizer
+from lorikeet.model.budget import Fit, fit_memory, measure
+from lorikeet.model.fast import FastNll, int8_weights
 from lorikeet.model.fingerprint import fingerprint
 from lorikeet.model.loss import token_nll
-from lorikeet.model.machine import Machine, choose, describe, peak_memory
+from lorikeet.model.machine import Machine, can_multiply_int8, choose, describe, peak_memory
 
 __all__ = [
     "Base",
+    "FastNll",
+    "Fit",
     "Machine",
+    "TokenNll",
+    "can_multiply_int8",
     "choose",
     "describe",
     "empty_model",
     "fingerprint",
+    "fit_memory",
     "init_model",
+    "int8_weights",
     "load_model",
     "load_tokenizer",
+    "measure",
     "peak_memory",
     "token_nll",
 ]

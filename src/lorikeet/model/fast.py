@@ -10,8 +10,8 @@ S supervised rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorikeet import kernels
 from lorikeet.data.batch import Batch
-from lorikeet.kernels import Dropout, Projection
+from lorikeet.kernels import Dropout, Int8Weight, Projection, quantize_weight
 from lorikeet.lora import LoraLinear
 from lorikeet.model.attention import Documents, attend
 
@@ -39,13 +39,25 @@ class FastNll:
     Attributes:
         recompute: how many blocks, from the first on, keep only their input and are computed again
             in the backward pass.
+        rounded: frozen weights that are multiplied in int8, from `int8_weights`.
     """
 
     recompute: int = 0
+    rounded: Mapping[Tensor, Int8Weight] = field(default_factory=dict, repr=False)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Nats of each supervised token, [S]; see `lorikeet.model.token_nll`."""
-        return _token_nll(model, batch, self.recompute)
+        return _token_nll(model, batch, self)
+
+
+def int8_weights(model: Any) -> dict[Tensor, Int8Weight]:
+    """Every frozen linear weight of the blocks, rounded to int8; the head stays as it is."""
+    found: dict[Tensor, Int8Weight] = {}
+    for layer in model.model.layers:
+        for module in layer.modules():
+            if type(module) is nn.Linear and not module.weight.requires_grad:
+                found[module.weight] = quantize_weight(module.weight)
+    return found
 
 
 def refusal(model: Any) -> str | None:
@@ -63,30 +75,47 @@ def refusal(model: Any) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """What every block needs to know of the packed row."""
+class _Pass:
+    """What every block needs to know of a forward pass: the packed row, dropout, int8 weights."""
 
     cu_seqlens: Tensor
     documents: Documents
     cos: Tensor
     sin: Tensor
+    dropout_key: int | None = None  # None without dropout
+    rounded: Mapping[Tensor, Int8Weight] = field(default_factory=dict)
 
+    @staticmethod
+    def over(body: Any, x: Tensor, positions: Tensor, lengths: Sequence[int]) -> _Pass:
+        """The pass over hidden rows x [T, I] of documents of these lengths."""
+        # float32 angles, where transformers rounds them to the model's dtype
+        wide = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
+        cos, sin = (table[0].contiguous() for table in body.rotary_emb(wide, positions[None]))
+        ends = torch.tensor([0, *lengths]).cumsum(0).int()
+        return _Pass(ends, Documents.of(lengths, device=x.device, dtype=x.dtype), cos, sin)
 
-class _Drops:
-    """The dropout masks of a forward pass, one for every input that adapters share."""
+    def projection(self, module: Any) -> Projection:
+        """A linear module, adapted or not, as the kernels take it."""
+        if not isinstance(module, LoraLinear):
+            if type(module) is not nn.Linear:
+                raise TypeError(
+                    f"the fast path cannot run a {type(module).__name__}; use --fast off"
+                )
+            return Projection(module.weight, module.bias, rounded=self.rounded.get(module.weight))
+        frozen: Any = module.base.weight
+        plain = Projection(frozen, module.bias, rounded=self.rounded.get(frozen))
+        if not module.enabled:
+            return plain
+        return plain._replace(A=module.lora_A, B=module.lora_B, scale=module.scale)
 
-    def __init__(self, model: nn.Module, first_key: int) -> None:
-        self._model = model
-        self._first_key = first_key
-
-    def of(self, modules: Sequence[nn.Module], site: int) -> Dropout | None:
-        """The mask at a site (a number of its own for every shared input), None without dropout."""
+    def dropout(self, modules: Sequence[nn.Module], site: int) -> Dropout | None:
+        """The mask at a site, a number of its own for every input that modules share."""
         rates = {m.dropout for m in modules if isinstance(m, LoraLinear)} - {0.0}
-        if not self._model.training or not rates:
+        if self.dropout_key is None or not rates:
             return None
         if len(rates) > 1:
             raise ValueError(f"adapters that share an input have different dropouts: {rates}")
-        return Dropout(rates.pop(), _key(self._first_key, site))
+        return Dropout(rates.pop(), _key(self.dropout_key, site))
 
 
 _SITES = 4  # inputs that adapters share in a block: of q k v, of o, of gate and up, of down
@@ -102,36 +131,27 @@ def _key(first: int, site: int) -> int:
 
 def first_block(model: Any, hidden: Tensor, batch: Batch) -> Tensor:
     """The first block's output [T, I] for hidden rows [T, I] of a batch's documents."""
-    row = _row(model.model, hidden, batch.positions, batch.lengths)
-    return _block(model.model.layers[0], 0, hidden, row, _Drops(model, 0), None)
+    run = _Pass.over(model.model, hidden, batch.positions, batch.lengths)
+    return _block(model.model.layers[0], 0, hidden, run, None)
 
 
-def _row(body: Any, x: Tensor, positions: Tensor, lengths: Sequence[int]) -> _Row:
-    # float32 angles, where transformers rounds them to the model's dtype
-    wide = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
-    cos, sin = (table[0].contiguous() for table in body.rotary_emb(wide, positions[None]))
-    ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    return _Row(ends, Documents.of(lengths, device=x.device, dtype=x.dtype), cos, sin)
-
-
-def _token_nll(model: Any, batch: Batch, recompute: int) -> Tensor:
+def _token_nll(model: Any, batch: Batch, settings: FastNll) -> Tensor:
     body = model.model
     ids, positions, lengths = _padded(batch)
     x = body.embed_tokens(ids)
-    row = _row(body, x, positions, lengths)
-    drops = _Drops(model, int(torch.randint(2**31, ())) if model.training else 0)
+    run = replace(
+        _Pass.over(body, x, positions, lengths),
+        dropout_key=int(torch.randint(2**31, ())) if model.training else None,
+        rounded=settings.rounded if model.training else {},
+    )
     for number, layer in enumerate(body.layers):
         # After the last attention only the rows that predict something are of use.
         rows = batch.rows if number == len(body.layers) - 1 else None
-        if number < recompute and torch.is_grad_enabled():
-            x = checkpoint(
-                _block,
-                *(layer, number, x, row, drops, rows),
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
+        arguments = (layer, number, x, run, rows)
+        if number < settings.recompute and torch.is_grad_enabled():
+            x = checkpoint(_block, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            x = _block(layer, number, x, row, drops, rows)
+            x = _block(*arguments)
     hidden = kernels.rms_norm(x, body.norm.weight, body.norm.variance_epsilon)
     return _head(model.lm_head, hidden, batch.targets)
 
@@ -147,45 +167,47 @@ def _padded(batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
     return ids, positions, [*batch.lengths, pads]
 
 
-def _block(
-    layer: Any, number: int, x: Tensor, row: _Row, drops: _Drops, rows: Tensor | None
-) -> Tensor:
+def _block(layer: Any, number: int, x: Tensor, run: _Pass, rows: Tensor | None) -> Tensor:
     """One decoder block, [T, I] -> [T, I], or -> [S, I] if only `rows` are asked for."""
     attention, mlp, site = layer.self_attn, layer.mlp, number * _SITES
     inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
-    normal = _normalise(layer.input_layernorm, x)
     q, k, v = kernels.project(
-        normal, [_projection(m) for m in inputs], dropout=drops.of(inputs, site)
+        _normalise(layer.input_layernorm, x),
+        [run.projection(m) for m in inputs],
+        dropout=run.dropout(inputs, site),
     )
-    o = _attention(attention, q, k, v, row)
+    o = _attention(attention, q, k, v, run)
     if rows is not None:
         o, x = o[rows], x[rows]
     output = [attention.o_proj]
     (x,) = kernels.project(
-        o, [_projection(output[0])], dropout=drops.of(output, site + 1), residual=x
+        o,
+        [run.projection(m) for m in output],
+        dropout=run.dropout(output, site + 1),
+        residual=x,
     )
     gates, down = [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]
     return kernels.gated_mlp(
         _normalise(layer.post_attention_layernorm, x),
-        *(_projection(m) for m in gates + down),
+        *(run.projection(m) for m in gates + down),
         residual=x,
-        dropout=(drops.of(gates, site + 2), drops.of(down, site + 3)),
+        dropout=(run.dropout(gates, site + 2), run.dropout(down, site + 3)),
     )
 
 
-def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, row: _Row) -> Tensor:
+def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, run: _Pass) -> Tensor:
     """q [T, H D], k and v [T, K D] -> [T, H D]."""
     q, k, v = (x.unflatten(1, (-1, module.head_dim)) for x in (q, k, v))
     if hasattr(module, "q_norm"):  # Qwen 3 normalises every head
         q, k = _normalise(module.q_norm, q), _normalise(module.k_norm, k)
-    q, k = kernels.rotate(q, row.cos, row.sin), kernels.rotate(k, row.cos, row.sin)
+    q, k = kernels.rotate(q, run.cos, run.sin), kernels.rotate(k, run.cos, run.sin)
     window = _window(module)
     if kernels.attention.takes(q):
-        o = kernels.attend(q, k, v, row.cu_seqlens, scale=module.scaling, window=window)
+        o = kernels.attend(q, k, v, run.cu_seqlens, scale=module.scaling, window=window)
         return o.flatten(1)
     q, k, v = (x[None].transpose(1, 2) for x in (q, k, v))
     options = {"scaling": module.scaling, "sliding_window": window}
-    return attend(module, q, k, v, None, row.documents, **options)[0][0].flatten(1)
+    return attend(module, q, k, v, None, run.documents, **options)[0][0].flatten(1)
 
 
 def _window(module: Any) -> int | None:
@@ -199,17 +221,6 @@ def _normalise(norm: Any, x: Tensor) -> Tensor:
     """The norm over the last dimension of [..., I]."""
     flat = x.reshape(-1, x.shape[-1])
     return kernels.rms_norm(flat, norm.weight, norm.variance_epsilon).view(x.shape)
-
-
-def _projection(module: Any) -> Projection:
-    if isinstance(module, LoraLinear):
-        if not module.enabled:
-            return Projection(module.weight, module.bias)
-        factors = (module.lora_A, module.lora_B, module.scale)
-        return Projection(module.weight, module.bias, *factors)
-    if type(module) is not nn.Linear:
-        raise TypeError(f"the fast path cannot run a {type(module).__name__}; use --fast off")
-    return Projection(module.weight, module.bias)
 
 
 def _head(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,6 +110,21 @@ def _processor() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def memory_held() -> int:
+    """What this process holds in main memory now, in bytes; its peak where only that is known."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:  # not Linux
+        return peak_memory(torch.device("cpu"))
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def can_multiply_int8() -> bool:
+    """Whether the CPU has int8 dot products (VNNI); without, int8 is no faster."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(bool(capabilities.get(name)) for name in ("avx512_vnni", "amx_int8"))
 
 
 def peak_memory(device: torch.device) -> int:

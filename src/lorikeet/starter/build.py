@@ -128,7 +128,7 @@ def _examples(base: Base, stage: Stage) -> list[Example]:
 def _train(base: Base, stage: Stage, out: Path) -> None:
     console.note(f"rendering {stage.steps * stage.config.batch_size:,} conversations ...")
     examples = _examples(base, stage)
-    setup = set_up(base.model, examples, stage.config, packing=base.packing)
+    setup = set_up(base.model, examples, stage.config, packing=base.packing, nll=base.nll)
     checkpoints = Checkpoints(out / "checkpoints")
     state = checkpoints.restore(setup.optimizer) or TrainState()
     log = MetricsLog(out / "metrics.jsonl", resume_step=state.step)
@@ -147,7 +147,7 @@ def _train(base: Base, stage: Stage, out: Path) -> None:
         setup.steps,
         learning_rate=setup.schedule,
         total_steps=setup.total_steps,
-        loss=base.nll,
+        loss=setup.loss,
         state=state,
         hooks=Hooks(
             record=record,

@@ -56,8 +56,8 @@ def train_run(config: RunConfig, *, resume: bool = False, label: str = "training
     folder.check(config, resume=resume)
     base, prepared, renderer = load(config)
     parameters = make_trainable(base, config)
-    setup = set_up(base.model, prepared.train, config.train, packing=base.packing)
-    console.note(_announcement(base, prepared, parameters, setup))
+    setup = set_up(base.model, prepared.train, config.train, packing=base.packing, nll=base.nll)
+    console.note(_announcement(base, prepared, parameters, setup, config))
     folder.claim(
         config,
         {
@@ -68,13 +68,13 @@ def train_run(config: RunConfig, *, resume: bool = False, label: str = "training
         },
     )
 
-    before = score(base, prepared, config)
+    before = score(base, prepared, setup)
     asked = questions(prepared, renderer, n=SAMPLES)
     first_answers = answer(base.model, renderer, [ids for _, _, ids in asked])
     state = _train(
-        base, config, setup, folder, label=label, validate=_validator(base, prepared, config)
+        base, config, setup, folder, label=label, validate=_validator(base, prepared, setup)
     )
-    after = score(base, prepared, config)
+    after = score(base, prepared, setup)
     last_answers = answer(base.model, renderer, [ids for _, _, ids in asked])
     method = config.train.method
     result = RunResult(
@@ -129,14 +129,14 @@ def make_trainable(base: Base, config: RunConfig) -> ParameterReport:
     return parameter_report(base.model)
 
 
-def score(base: Base, prepared: Prepared, config: RunConfig) -> Score | None:
+def score(base: Base, prepared: Prepared, setup: Setup) -> Score | None:
     """The model as it is now on the validation rows; None without any."""
     if not prepared.validation:
         return None
     return evaluate(
         base.model,
         prepared.validation,
-        max_tokens=config.train.max_tokens,
+        max_tokens=setup.steps.max_tokens,
         packing=base.packing,
         nll=base.nll,
     )
@@ -204,7 +204,7 @@ def _train(
             setup.steps,
             learning_rate=setup.schedule,
             total_steps=setup.total_steps,
-            loss=base.nll,
+            loss=setup.loss,
             state=state,
             hooks=hooks,
         )
@@ -214,19 +214,25 @@ def _train(
     return state
 
 
-def _validator(base: Base, prepared: Prepared, config: RunConfig) -> Callable[[], float] | None:
+def _validator(base: Base, prepared: Prepared, setup: Setup) -> Callable[[], float] | None:
     if not prepared.validation:
         return None
 
     def validate() -> float:
-        scored = score(base, prepared, config)
+        scored = score(base, prepared, setup)
         assert scored is not None
         return scored.nll
 
     return validate
 
 
-def _announcement(base: Base, prepared: Prepared, parameters: ParameterReport, setup: Setup) -> str:
+def _announcement(
+    base: Base,
+    prepared: Prepared,
+    parameters: ParameterReport,
+    setup: Setup,
+    config: RunConfig,
+) -> str:
     machine, report = base.machine, prepared.report
     rows = f"{report.rows:,} rows ({prepared.layout.name}, template {prepared.template_name})"
     train, held_out = len(prepared.train), len(prepared.validation)
@@ -238,5 +244,6 @@ def _announcement(base: Base, prepared: Prepared, parameters: ParameterReport, s
         f" {torch.get_num_threads()} threads\n"
         f"data      {rows}: {train:,} examples to train on, {held_out:,} held out\n"
         f"training  {setup.total_steps} steps of {setup.steps.order.batch_size} examples, {layout};"
-        f" {base.path_taken}"
+        f" {base.path_taken}{', int8' * config.train.int8}"
+        + (f"\nmemory    {setup.fit}" if setup.fit else "")
     )

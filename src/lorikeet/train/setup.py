@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,6 +13,17 @@ from torch import nn
 from lorikeet.config import TrainConfig
 from lorikeet.data.batch import Batch, Epochs, micro_batches, pack
 from lorikeet.data.example import Example
+from lorikeet.errors import ConfigError
+from lorikeet.model import (
+    FastNll,
+    Fit,
+    TokenNll,
+    can_multiply_int8,
+    fit_memory,
+    int8_weights,
+    measure,
+    token_nll,
+)
 from lorikeet.train.optimizer import Optimizer
 from lorikeet.train.schedule import Schedule
 
@@ -40,25 +51,57 @@ class Steps:
 
 @dataclass(frozen=True)
 class Setup:
-    """What `fit` needs beside the model."""
+    """What `fit` needs beside the model.
+
+    Attributes:
+        optimizer: holds the trainable parameters.
+        steps: step number to micro-batches.
+        schedule: step number to learning rate.
+        total_steps: optimizer steps of the whole run.
+        loss: the loss function, with the int8 weights and the recomputation that were asked for.
+        fit: how training fits into `max_memory`; None without a limit.
+    """
 
     optimizer: Optimizer
     steps: Steps
     schedule: Schedule
     total_steps: int
+    loss: TokenNll
+    fit: Fit | None
 
 
 def set_up(
-    model: nn.Module, examples: Sequence[Example], config: TrainConfig, *, packing: bool = True
+    model: nn.Module,
+    examples: Sequence[Example],
+    config: TrainConfig,
+    *,
+    packing: bool = True,
+    nll: TokenNll = token_nll,
 ) -> Setup:
-    """Build optimizer, data order and schedule, and seed every random generator.
+    """Build optimizer, data order, schedule and loss, and seed every random generator.
 
     Args:
         model: its parameters that require a gradient are trained.
         examples: the training examples.
         config: batch size, length, learning rate, seed.
         packing: whether the model keeps packed documents apart (`Base.packing`).
+        nll: the model's loss function (`Base.nll`).
+
+    Raises:
+        ConfigError: training does not fit into `max_memory`, or int8 cannot be had here.
     """
+    loss = _in_int8(model, nll) if config.int8 else nll
+    fit = None
+    if config.max_memory is not None:
+        longest = max(len(example.ids) for example in examples)
+        fit = fit_memory(
+            measure(model, loss),
+            limit=config.max_memory,
+            max_tokens=config.max_tokens,
+            longest=longest,
+        )
+        if fit.recompute and isinstance(loss, FastNll):
+            loss = replace(loss, recompute=fit.recompute)
     device = next(model.parameters()).device
     order = Epochs(len(examples), batch_size=config.batch_size, seed=config.seed)
     total = config.max_steps or math.ceil(config.epochs * order.steps_per_epoch)
@@ -72,10 +115,24 @@ def set_up(
     torch.manual_seed(config.seed)
     return Setup(
         optimizer=optimizer,
-        steps=Steps(examples, order, config.max_tokens, packing, device),
+        steps=Steps(examples, order, fit.max_tokens if fit else config.max_tokens, packing, device),
         schedule=Schedule(config.peak, total, config.schedule, config.warmup),
         total_steps=total,
+        loss=loss,
+        fit=fit,
     )
+
+
+def _in_int8(model: nn.Module, nll: TokenNll) -> FastNll:
+    """The loss with the frozen weights of the blocks in int8."""
+    if not isinstance(nll, FastNll):
+        raise ConfigError(
+            "train.int8 needs the fast path, which this model does not take (the line `training` at"
+            " the start of a run says why); leave it out"
+        )
+    if not can_multiply_int8():
+        raise ConfigError("train.int8 needs a CPU with VNNI, which this one has not; leave it out")
+    return replace(nll, rounded=int8_weights(model))
 
 
 def trainable(model: nn.Module) -> Mapping[str, nn.Parameter]:

@@ -41,8 +41,8 @@ _ALL = [
     Contestant(
         "lorikeet-int8",
         "lorikeet_worker",
-        "Lorikeet with its base in int8, LoRA",
-        settings={"base": "int8"},
+        "Lorikeet with the frozen weights multiplied in int8, LoRA",
+        settings={"int8": True},
     ),
     Contestant(
         "lorikeet-full",

@@ -7,7 +7,7 @@ first step includes what `fit` builds before it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from inspect import signature
 from time import perf_counter
 from typing import Any
@@ -19,21 +19,24 @@ from lorikeet.api import DataConfig, LoraConfig, TrainConfig, add_lora, fit, loa
 from lorikeet.data import Epochs, Example
 from lorikeet.model import Base
 
-LOAD_OPTIONS = {"fast": "fast", "base": "base_dtype"}
-"""A contestant's setting -> the keyword of `load_model` that it becomes. New options come here."""
+LOAD_OPTIONS = ("fast",)
+"""Settings of a contestant that are keywords of `load_model`. New ones come here, or below."""
+
+TRAIN_OPTIONS = ("method", "int8")
+"""Settings of a contestant that are fields of `TrainConfig`."""
 
 
-def load_options(settings: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `load_model` for a contestant's settings.
+def options(settings: dict[str, Any], names: Sequence[str], known: Iterable[str]) -> dict[str, Any]:
+    """The settings of these names, as keyword arguments.
 
     Raises:
-        SystemExit: this version of Lorikeet has no such option.
+        SystemExit: one of them is not `known` to this version of Lorikeet.
     """
-    options = {LOAD_OPTIONS[key]: value for key, value in settings.items() if key in LOAD_OPTIONS}
-    missing = options.keys() - signature(load_model).parameters.keys()
+    found = {name: settings[name] for name in names if name in settings}
+    missing = sorted(found.keys() - set(known))
     if missing:
-        raise SystemExit(f"this Lorikeet's load_model has no option {', '.join(sorted(missing))}")
-    return options
+        raise SystemExit(f"this Lorikeet has no option {', '.join(missing)}")
+    return found
 
 
 def read_examples(job: Job, base: Base) -> tuple[list[Example], dict[str, Any]]:
@@ -61,12 +64,13 @@ def main() -> None:
     """Do the job named on the command line."""
     channel = Channel()
     job = Job.read(sys.argv[1])
-    method = job.settings.get("method", "lora")
-    config = TrainConfig(method=method, batch_size=job.step_examples, max_steps=job.steps)
-    base = load_model(job.model, dtype=job.dtype, **load_options(job.settings))
+    train = options(job.settings, TRAIN_OPTIONS, TrainConfig.model_fields)
+    config = TrainConfig(batch_size=job.step_examples, max_steps=job.steps, **train)
+    load = options(job.settings, LOAD_OPTIONS, signature(load_model).parameters)
+    base = load_model(job.model, dtype=job.dtype, **load)
     examples, facts = read_examples(job, base)
     examples = placed(examples, config)
-    if method == "lora":
+    if config.method == "lora":
         add_lora(base, LoraConfig(r=job.r, alpha=float(job.r)))
     channel.hello(
         threads=torch.get_num_threads(),

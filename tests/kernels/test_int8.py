@@ -94,5 +94,6 @@ def test_a_projection_with_an_int8_weight() -> None:
         )
         return [o.detach() for o in (*outputs, single)] + list(gradients)
 
-    for found, expected in zip(run(True), run(False), strict=True):
-        assert 0 < relative(found, expected) < 0.03
+    errors = [relative(*pair) for pair in zip(run(True), run(False), strict=True)]
+    assert max(errors) < 0.03
+    assert min(errors[:4]) > 0  # the outputs and the input's gradient did go through int8

@@ -15,7 +15,6 @@ from lorikeet.data.example import Example
 from lorikeet.lora import inject
 from lorikeet.model import load_model
 from lorikeet.model.footprint import saved_bytes_per_token
-from lorikeet.model.loss import token_nll
 from lorikeet.study.plan import plan
 
 TOKENS = 256
@@ -25,11 +24,13 @@ def settings(**options: object) -> dict[str, object]:
     return {"model.path": str(starter.folder()), "model.dtype": "fp32", **options}
 
 
+@pytest.mark.parametrize("fast", ["auto", "off"])
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_activations_are_what_autograd_saves(method: str) -> None:
+def test_activations_are_what_autograd_saves(method: str, fast: str) -> None:
     """One document of real tokens through the real model, its saved tensors added up."""
-    config = load_config(overrides=settings(**{"train.method": method, "data.max_length": TOKENS}))
-    base = load_model(starter.folder(), dtype="fp32", device="cpu")
+    options = {"train.method": method, "data.max_length": TOKENS, "model.fast": fast}
+    config = load_config(overrides=settings(**options))
+    base = load_model(starter.folder(), dtype="fp32", device="cpu", fast=fast)
     if method == "lora":
         inject(base.model, config.lora, seed=0)
     else:
@@ -45,10 +46,13 @@ def test_activations_are_what_autograd_saves(method: str) -> None:
             kept.append(tensor)
         return tensor
 
-    example = Example(tuple(range(TOKENS)), (False,) * (TOKENS - 1) + (True,), 0, "row")
+    # The fast path runs the last block's MLP for supervised rows only; the other path would add
+    # the logits of all rows to the activations.
+    supervised = [fast == "auto"] * (TOKENS - 1) + [True]
+    example = Example(tuple(range(TOKENS)), (False, *supervised[1:]), 0, "row")
     base.model.train()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        token_nll(base.model, pack([example])).sum()
+        base.nll(base.model, pack([example])).sum()
     planned = plan(config).memory.activations / (TOKENS * config.train.batch_size)
     assert planned == pytest.approx(sum(saved.values()) / TOKENS, rel=0.1)
 

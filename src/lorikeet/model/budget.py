@@ -84,20 +84,27 @@ def measure(model: Any, nll: TokenNll) -> Footprint:
     fixed = sum(
         p.numel() * (12 if p.element_size() >= 4 else 16 + p.element_size()) for p in trainable
     )
-    blocks = model.config.num_hidden_layers
     everything = _saved(model, nll) // _PROBE
-    least, recomputable = everything, 0
-    if isinstance(nll, FastNll):
-        recomputable = blocks
-        inputs = model.config.hidden_size * next(model.parameters()).element_size() * blocks
-        least = _saved(model, replace(nll, recompute=blocks)) // _PROBE + inputs
+    blocks = model.config.num_hidden_layers
+    fast = isinstance(nll, FastNll)
     return Footprint(
         fixed=fixed + 2 * CHUNK_BYTES,
         token=everything,
-        block=(everything - least) // blocks,
+        block=saved_by_block(model, nll) - _input_bytes(model) if isinstance(nll, FastNll) else 0,
         working=_WORKING * everything // blocks,
-        blocks=recomputable,
+        blocks=blocks if fast else 0,
     )
+
+
+def saved_by_block(model: Any, nll: FastNll) -> int:
+    """Bytes per token that a block keeps for its backward pass, its input included."""
+    blocks = model.config.num_hidden_layers
+    without = _saved(model, replace(nll, recompute=blocks))
+    return (_saved(model, nll) - without) // (_PROBE * blocks)
+
+
+def _input_bytes(model: Any) -> int:
+    return model.config.hidden_size * next(model.parameters()).element_size()
 
 
 def fit_memory(footprint: Footprint, *, limit: int, max_tokens: int, longest: int) -> Fit:
@@ -151,7 +158,10 @@ def _saved(model: nn.Module, nll: TokenNll) -> int:
             kept.append(tensor)  # a freed storage's address would be given out again
         return tensor
 
-    example = Example((0,) * _PROBE, (False,) * (_PROBE - 1) + (True,), 0, "probe")
+    # The fast path runs the last block's MLP for supervised rows only, so all are; on the other
+    # path the logits of all rows would outweigh the activations.
+    supervised = [isinstance(nll, FastNll)] * (_PROBE - 1) + [True]
+    example = Example((0,) * _PROBE, (False, *supervised[1:]), 0, "probe")
     device = next(model.parameters()).device
     was_training = model.training
     model.train()

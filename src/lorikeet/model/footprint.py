@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from lorikeet.data.batch import pack
+from lorikeet.data.example import Example
+from lorikeet.model.agreement import TokenNll
 from lorikeet.model.attention import IMPLEMENTATION
 
 _FLASH_SHAPE = "lorikeet-footprint"
@@ -84,22 +87,26 @@ def block_model(model: Any, *, dtype: torch.dtype, device: torch.device) -> Any:
     return block.to(device)
 
 
-def seconds_per_block(model: Any, *, tokens: int = 256, repeats: int = 3) -> float:
+def seconds_per_block(model: Any, nll: TokenNll, *, tokens: int = 256, repeats: int = 3) -> float:
     """Time of one block, forward and backward, for a row of `tokens`; the best of `repeats`.
+
+    The head, over a vocabulary of 256, is in it.
 
     Args:
         model: from `block_model`, adapters injected or parameters freed.
+        nll: the model's loss function.
         tokens: length of the row.
         repeats: timed runs, after one that warms up.
     """
     model.train()
-    ids = torch.arange(tokens, device=next(model.parameters()).device)[None] % _SMALL_VOCABULARY
+    ids = tuple(i % _SMALL_VOCABULARY for i in range(tokens))
+    batch = pack([Example(ids, (False,) + (True,) * (tokens - 1), 0, "probe")])
+    batch = batch.to(next(model.parameters()).device)
     times = []
     for _ in range(repeats + 1):
         started = perf_counter()
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        hidden.float().sum().backward()
-        if ids.is_cuda:
+        nll(model, batch).sum().backward()
+        if batch.ids.is_cuda:
             torch.cuda.synchronize()
         times.append(perf_counter() - started)
         model.zero_grad(set_to_none=True)

@@ -14,8 +14,11 @@ from torch import nn
 
 from lorikeet.config import RunConfig
 from lorikeet.data import Example, prepare
+from lorikeet.kernels.loss import CHUNK_BYTES
 from lorikeet.lora import ParameterReport, inject, parameter_report
-from lorikeet.model import choose, empty_model, load_tokenizer
+from lorikeet.model import FastNll, TokenNll, choose, empty_model, load_tokenizer
+from lorikeet.model.agreement import choose_nll
+from lorikeet.model.budget import measure, saved_by_block
 from lorikeet.model.footprint import block_model, saved_bytes_per_token, seconds_per_block
 
 _LOGIT_COPIES = 3  # float32 logits, their log-softmax, the gradient
@@ -98,12 +101,18 @@ def plan(config: RunConfig) -> Plan:
     _make_trainable(model, config)
     parameters = parameter_report(model)
     workload = _workload(config)
-    memory = _memory(model, parameters, workload, config, size=machine.dtype.itemsize)
-
     block = block_model(model, dtype=machine.dtype, device=machine.device)
+    nll, _ = choose_nll(block, asked=config.model.fast, packing=True)
     _make_trainable(block, config)
+    memory = _memory(
+        parameters,
+        config,
+        size=machine.dtype.itemsize,
+        activations=_activations(model, block, nll, workload),
+        logits=_logits(model, nll, workload, size=machine.dtype.itemsize),
+    )
     tokens = min(256, config.data.max_length)
-    block_time = seconds_per_block(block, tokens=tokens) / tokens
+    block_time = seconds_per_block(block, nll, tokens=tokens) / tokens
     seconds = _seconds(model, block, block_time, workload)
     return Plan(parameters, memory, workload, seconds, machine.dtype_name)
 
@@ -141,26 +150,42 @@ def _longest(examples: list[Example]) -> int:
     return max(len(example.ids) for example in examples)
 
 
+def _activations(model: Any, block: Any, nll: TokenNll, workload: Workload) -> int:
+    """Bytes that are kept for the backward pass of the largest micro-batch."""
+    if not isinstance(nll, FastNll):
+        return saved_bytes_per_token(model) * workload.micro_tokens
+    of_block = saved_by_block(block, nll)
+    of_head = measure(block, nll).token - of_block  # by every supervised row
+    blocks = model.config.num_hidden_layers * of_block * workload.micro_tokens
+    return blocks + of_head * workload.micro_supervised
+
+
+def _logits(model: Any, nll: TokenNll, workload: Workload, *, size: int) -> int:
+    """Bytes of logits: a chunk and its product on the fast path, else of all supervised rows."""
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    if isinstance(nll, FastNll):
+        return min(CHUNK_BYTES, size * vocabulary * workload.micro_supervised)
+    return workload.micro_supervised * vocabulary * (4 * _LOGIT_COPIES + (size if size < 4 else 0))
+
+
 def _memory(
-    model: nn.Module,
     parameters: ParameterReport,
-    workload: Workload,
     config: RunConfig,
     *,
     size: int,
+    activations: int,
+    logits: int,
 ) -> Memory:
     full = config.train.method == "full"
     trainable = parameters.trainable
     masters = 4 * trainable if full and size < 4 else 0
     gradients = 4 * trainable + (size * trainable if masters else 0)
-    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    row = vocabulary * (4 * _LOGIT_COPIES + (size if size < 4 else 0))
     return Memory(
         weights=size * parameters.base,
         adapter=0 if full else 4 * trainable,
         optimizer=8 * trainable + masters + gradients,
-        activations=saved_bytes_per_token(model) * workload.micro_tokens,
-        logits=row * workload.micro_supervised,
+        activations=activations,
+        logits=logits,
     )
 
 

@@ -127,8 +127,8 @@ def _in_int8(model: nn.Module, nll: TokenNll) -> FastNll:
     """The loss with the frozen weights of the blocks in int8."""
     if not isinstance(nll, FastNll):
         raise ConfigError(
-            "train.int8 needs the fast path, which this model does not take (the line `training` at"
-            " the start of a run says why); leave it out"
+            "train.int8 needs the fast path, which this model does not take here (a run without"
+            " train.int8 says why in its first lines)"
         )
     if not can_multiply_int8():
         raise ConfigError("train.int8 needs a CPU with VNNI, which this one has not; leave it out")

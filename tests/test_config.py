@@ -321,3 +321,21 @@ def test_a_key_given_twice_is_an_error(tmp_path: Path) -> None:
     file.write_text("lora:\n  r: 8\n  r: 16\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="'r' is given twice"):
         load_config(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("6GB", 6 * 10**9), ("800 MB", 8 * 10**8), ("1.5gib", 3 * 2**29), ("12345678", 12345678)],
+)
+def test_sizes_of_memory(text: str, size: int) -> None:
+    assert load_config(overrides={"train.max_memory": text}).train.max_memory == size
+
+
+def test_a_size_that_is_none() -> None:
+    (found,) = problems({"train.max_memory": "plenty"})
+    assert "expected a size such as 6GB" in found
+
+
+def test_int8_is_for_frozen_weights() -> None:
+    (found,) = problems({"train.int8": "true", "train.method": "full"})
+    assert "full fine-tuning has none" in found

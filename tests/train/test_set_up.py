@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 
 from lorikeet.config import TrainConfig
 from lorikeet.data import Example
+from lorikeet.errors import ConfigError
+from lorikeet.model import FastNll, can_multiply_int8, measure, token_nll
 from lorikeet.train import set_up
 
 
@@ -110,3 +113,44 @@ def test_fp16_scales_its_losses(tiny: Callable[..., Any]) -> None:
     assert optimizer.state_dict()["scaler"]["scale"] == 65536
     optimizer = set_up(tiny(dtype=torch.bfloat16), [_example()], TrainConfig()).optimizer
     assert optimizer.state_dict()["scaler"] == {}
+
+
+def test_every_block_computed_twice_keeps_its_input_alone(
+    model: nn.Module,
+) -> None:
+    found = measure(model, FastNll())
+    assert found.blocks == 2
+    assert 0 < found.block < found.token
+    rest = found.token - found.blocks * found.block
+    assert rest < found.token / 2
+    assert measure(model, token_nll).blocks == 0
+
+
+def test_a_limit_changes_the_layout_and_not_the_gradients(
+    model: nn.Module,
+    ragged: Callable[..., list[Example]],
+) -> None:
+    examples = ragged(6)
+    found = []
+    for config in (TrainConfig(batch_size=6), TrainConfig(batch_size=6, max_memory="64GB")):
+        setup = set_up(model, examples, config, nll=FastNll())
+        tight = replace(FastNll(), recompute=2) if setup.fit else setup.loss
+        model.zero_grad()
+        for batch in setup.steps(0):
+            tight(model, batch).sum().backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for ours, expected in zip(found[1], found[0], strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_int8_needs_the_fast_path(model: nn.Module, ragged: Callable[..., list[Example]]) -> None:
+    with pytest.raises(ConfigError, match="needs the fast path"):
+        set_up(model, ragged(4), TrainConfig(int8=True))
+
+
+@pytest.mark.skipif(not can_multiply_int8(), reason="this CPU has no VNNI")
+def test_int8_rounds_what_is_frozen(model: nn.Module, ragged: Callable[..., list[Example]]) -> None:
+    loss = set_up(model, ragged(4), TrainConfig(int8=True), nll=FastNll()).loss
+    assert isinstance(loss, FastNll)
+    assert len(loss.rounded) == 2 * 7
+    assert all(not weight.requires_grad for weight in loss.rounded)

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lorikeet.config import LoraConfig
 from lorikeet.data import Example
 from lorikeet.lora import inject, lora_parameters
+from lorikeet.model import FastNll, TokenNll, token_nll
 from lorikeet.model.packing import enable_packing
 
 # The harness of whole runs is imported by its name, here and in the processes that it starts.
@@ -35,6 +36,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["fast", "generic"])
+def nll(request: pytest.FixtureRequest) -> TokenNll:
+    """Both ways to the loss: what holds for one holds for the other."""
+    return FastNll() if request.param == "fast" else token_nll
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from torch import nn
 
 from lorikeet.data import pack
 from lorikeet.lora import lora_parameters
-from lorikeet.model import token_nll
+from lorikeet.model import FastNll, TokenNll
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -19,16 +19,17 @@ def test_gradients_are_finite_differences(
     tiny: Callable[..., Any],
     adapted: Callable[..., nn.Module],
     ragged: Callable[..., Any],
+    nll: TokenNll,
     method: str,
 ) -> None:
-    model = in_float64(tiny())
+    model = tiny().double() if isinstance(nll, FastNll) else in_float64(tiny())
     if method == "lora":
         adapted(model, target_modules=["q_proj", "v_proj", "down_proj", "embed_tokens"]).double()
         parameters = lora_parameters(model)
     else:
         parameters = dict(model.named_parameters())
     batch = pack(ragged(5))
-    loss = token_nll(model, batch).sum() / batch.supervised_tokens
+    loss = nll(model, batch).sum() / batch.supervised_tokens
     assert loss.dtype == torch.float64
     loss.backward()
 
@@ -37,7 +38,7 @@ def test_gradients_are_finite_differences(
         direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         assert parameter.grad is not None, name
         analytic = float((parameter.grad * direction).sum())
-        numeric = slope(model, batch, parameter, direction)
+        numeric = slope(model, nll, batch, parameter, direction)
         assert analytic == pytest.approx(numeric, rel=1e-6, abs=1e-9), name
         assert analytic != 0, name
 
@@ -54,11 +55,13 @@ def in_float64(model: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def slope(model: nn.Module, batch: Any, parameter: Any, direction: Any, h: float = 1e-6) -> float:
+def slope(
+    model: nn.Module, nll: TokenNll, batch: Any, parameter: Any, direction: Any, h: float = 1e-6
+) -> float:
     start = parameter.clone()
     losses = []
     for sign in (1, -1):
         parameter.copy_(start + sign * h * direction)
-        losses.append(float(token_nll(model, batch).sum()) / batch.supervised_tokens)
+        losses.append(float(nll(model, batch).sum()) / batch.supervised_tokens)
     parameter.copy_(start)
     return (losses[0] - losses[1]) / (2 * h)

@@ -131,26 +131,24 @@ def forward(
 ) -> tuple[list[Tensor], Tensor | None]:
     """The outputs [T, O_i], and the adapters' low-rank activations [T, R] (None without any)."""
     rows = int8.quantize_rows(x) if any(p.rounded for p in projections) else None
-    outputs = [_dense(x, rows, p, residual) for p in projections]
+    outputs = [_dense(x, rows, p) for p in projections]
     factors = _stacked(projections, x.dtype)
-    if factors is None:
-        return outputs, None
-    low = F.linear(dropout(x) if dropout else x, factors)
-    for y, p, part in zip(outputs, projections, _split(low, projections), strict=True):
-        if part is not None and p.B is not None:
-            y.addmm_(part, _scaled(p, x.dtype).t())
+    low = None
+    if factors is not None:
+        low = F.linear(dropout(x) if dropout else x, factors)
+        for y, p, part in zip(outputs, projections, _split(low, projections), strict=True):
+            if part is not None and p.B is not None:
+                y.addmm_(part, _scaled(p, x.dtype).t())
+    if residual is not None:  # last: small terms would be lost one by one in the large stream
+        outputs[0] += residual
     return outputs, low
 
 
-def _dense(x: Tensor, rows: int8.Rows | None, p: Projection, residual: Tensor | None) -> Tensor:
-    """x Wᵀ + b + residual, [T, O]."""
-    if p.rounded is not None and rows is not None:
-        y = int8.multiply(rows, p.rounded, dtype=x.dtype)
-        y = y if residual is None else y.add_(residual)
-    elif residual is None:
+def _dense(x: Tensor, rows: int8.Rows | None, p: Projection) -> Tensor:
+    """x Wᵀ + b, [T, O]."""
+    if p.rounded is None or rows is None:
         return F.linear(x, p.weight, p.bias)
-    else:
-        y = torch.addmm(residual, x, p.weight.t())
+    y = int8.multiply(rows, p.rounded, dtype=x.dtype)
     return y if p.bias is None else y.add_(p.bias)
 
 

@@ -11,7 +11,7 @@ RESULTS := bench-results
 setup: $(VENV)/.ready
 
 # torch goes first and alone: its CPU build satisfies the range that other packages ask for.
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt $(wildcard src/lorikeet/kernels/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --prefer-binary torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"

@@ -71,7 +71,8 @@ def main() -> None:
     examples, facts = read_examples(job, base)
     examples = placed(examples, config)
     if config.method == "lora":
-        add_lora(base, LoraConfig(r=job.r, alpha=float(job.r)))
+        dropout = job.settings.get("dropout", 0.0)
+        add_lora(base, LoraConfig(r=job.r, alpha=float(job.r), dropout=dropout))
     channel.hello(
         threads=torch.get_num_threads(),
         packages=["torch", "transformers", "lorikeet"],

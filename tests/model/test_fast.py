@@ -276,7 +276,8 @@ def test_computing_blocks_again_keeps_less() -> None:
             loss(model, batch)
         return sum(sizes)
 
-    assert kept(FastNll(recompute=3)) < kept(FastNll(recompute=1)) < kept(FastNll())
+    sizes = [kept(FastNll(recompute=blocks)) for blocks in (3, 2, 1, 0)]
+    assert sizes == sorted(set(sizes))
 
 
 @pytest.mark.parametrize("adapted", [True, False], ids=["lora", "full"])

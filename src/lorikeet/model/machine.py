@@ -131,6 +131,11 @@ def peak_memory(device: torch.device) -> int:
     """The most memory this process has held so far, in bytes: GPU memory on a GPU, else RSS."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:  # Linux: a child's ru_maxrss begins at that of its parent, VmHWM does not
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        pass
     try:
         import resource
     except ImportError:  # Windows

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from lorikeet import kernels
 from lorikeet.kernels import native
@@ -29,6 +36,7 @@ _SIZES: dict[str, Any] = {
     "head_dim": 16,
     "pad_token_id": 0,
 }
+_BIASES = {"attention_bias": True, "mlp_bias": True}
 
 Build = Callable[[str], Any]
 Said = pytest.CaptureFixture[str]
@@ -85,26 +93,27 @@ def assert_disagrees(model: Any, said: Said) -> str:
     return message.removeprefix(start)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
-def test_what_is_taken(architecture: Build, name: str, dtype: torch.dtype, capsys: Said) -> None:
-    model = packing(architecture(name)).to(dtype)
+TAKEN: dict[str, Callable[..., PretrainedConfig]] = {
+    "llama": lambda **tied: LlamaConfig(**_SIZES, **tied),
+    "llama with biases": lambda **tied: LlamaConfig(**_SIZES, **_BIASES, **tied),
+    "mistral": lambda **tied: MistralConfig(**_SIZES, sliding_window=5, **tied),
+    "qwen2": lambda **tied: Qwen2Config(**_SIZES, **tied),
+    "qwen3": lambda **tied: Qwen3Config(**_SIZES, **tied),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_taken(name: str, tied: bool, dtype: torch.dtype, capsys: Said) -> None:
+    torch.manual_seed(4)
+    model = from_config(TAKEN[name](tie_word_embeddings=tied)).to(dtype)
     nll, path_taken = choice(model)
+    said = capsys.readouterr().err
+    assert said == ""
     assert nll == FastNll()
     missing = native.missing()
     how = f"kernels in PyTorch ({missing})" if missing else "compiled kernels"
     assert path_taken == f"fast path, {how}"
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_more_that_is_taken(tied: bool, dtype: torch.dtype, capsys: Said) -> None:
-    """Biases; norms of heads."""
-    for model in (
-        llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=tied),
-        from_config(Qwen3Config(**_SIZES, tie_word_embeddings=tied)),
-    ):
-        assert isinstance(choice(model.to(dtype))[0], FastNll)
-    assert capsys.readouterr().err == ""
 
 
 def test_without_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +248,7 @@ def test_a_disagreement_is_noticed(
     capsys: Said,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = llama(attention_bias=True, mlp_bias=True)
+    model = llama(**_BIASES)
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight.normal_(1, 0.5)
     monkeypatch.setattr(kernels, name, wrong(getattr(kernels, name)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorikeet.kernels import rms_norm
+from lorikeet.kernels import add_rms_norm, rms_norm
 
 EPS = 1e-5
 SHAPES = [(1, 5), (5, 16), (3, 172), (130, 172), (0, 16)]  # the fourth is shared by threads
@@ -43,6 +43,36 @@ def test_it_is_its_formula(
 def test_finite_differences_agree() -> None:
     x, weight = (t.requires_grad_() for t in inputs(3, 5).values())
     assert torch.autograd.gradcheck(kernel, (x, weight))
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("frozen", [("weight",), ("x", "weight"), ("delta",), ()])
+def test_a_sum_is_normalised_and_handed_on(
+    check: Check, dtype: torch.dtype, shape: tuple[int, int], frozen: tuple[str, ...]
+) -> None:
+    def kernel(x: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, delta, weight, EPS)
+
+    def exact(x: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return x + delta, oracle(x + delta, weight)
+
+    tensors = inputs(*shape)
+    tensors["delta"] = torch.randn(shape, dtype=torch.float64)
+    check(kernel, exact, tensors, dtype=dtype, frozen=frozen)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_of_the_two_outputs_may_go_unused(used: int) -> None:
+    x, delta, weight = torch.randn(3, 2, 7, dtype=torch.float64)[:, :1]
+    weight = weight[0]
+    leaves = [t.clone().requires_grad_() for t in (x, delta)]
+    add_rms_norm(*leaves, weight, EPS)[used].sum().backward()
+    own = [t.clone().requires_grad_() for t in (x, delta)]
+    (own[0] + own[1], oracle(own[0] + own[1], weight))[used].sum().backward()
+    for found, expected in zip(leaves, own, strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
 
 
 @pytest.mark.usefixtures("way")

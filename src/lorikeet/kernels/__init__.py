@@ -15,13 +15,14 @@ from lorikeet.kernels.int8 import Int8Weight, quantize_weight
 from lorikeet.kernels.linear import Projection, project
 from lorikeet.kernels.loss import head_nll
 from lorikeet.kernels.mlp import gated_mlp
-from lorikeet.kernels.norm import rms_norm
+from lorikeet.kernels.norm import add_rms_norm, rms_norm
 from lorikeet.kernels.rope import rotate
 
 __all__ = [
     "Dropout",
     "Int8Weight",
     "Projection",
+    "add_rms_norm",
     "attend",
     "gated_mlp",
     "head_nll",

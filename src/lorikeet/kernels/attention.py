@@ -50,6 +50,7 @@ def attend(
     Returns:
         bfloat16 [T, H, D].
     """
+    assert takes(query) and cu_seqlens.dtype == torch.int32
     return _Attend.apply(query, key, value, cu_seqlens, scale, window or _NO_WINDOW)
 
 

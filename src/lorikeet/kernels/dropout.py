@@ -12,6 +12,10 @@ from lorikeet.kernels import native
 _WORD = 0xFFFFFFFF
 
 
+NO_MASK = (0, 0, 1.0)
+"""`Dropout.words` of a mask that keeps everything."""
+
+
 @dataclass(frozen=True)
 class Dropout:
     """A mask over the elements of a tensor, the same at every use.
@@ -42,10 +46,13 @@ class Dropout:
             return y
         return y.addcmul_(x, self._mask(x))
 
+    @property
+    def words(self) -> tuple[int, int, float]:
+        """Key, threshold and scale: the mask as the compiled kernels take it."""
+        return self.key, self._threshold, 1.0 / (1.0 - self.p)
+
     def _native(self, x: Tensor, y: Tensor, *, add: bool) -> None:
-        scale = 1.0 / (1.0 - self.p)
-        arguments = (x.numel(), x, self.key, self._threshold, scale, int(add), y)
-        native.call("lk_dropout", native.type_of(x), *arguments)
+        native.call("lk_dropout", native.type_of(x), x.numel(), x, *self.words, int(add), y)
 
     @property
     def _threshold(self) -> int:

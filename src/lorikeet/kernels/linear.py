@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorikeet.kernels import int8
+from lorikeet.kernels import int8, native
 from lorikeet.kernels.dropout import Dropout
 from lorikeet.kernels.int8 import Int8Weight
 
@@ -60,11 +60,7 @@ Settings = tuple[float, Int8Weight | None]
 
 
 def project(
-    x: Tensor,
-    projections: Sequence[Projection],
-    *,
-    dropout: Dropout | None = None,
-    residual: Tensor | None = None,
+    x: Tensor, projections: Sequence[Projection], *, dropout: Dropout | None = None
 ) -> tuple[Tensor, ...]:
     """Map one input through several linear maps.
 
@@ -72,14 +68,13 @@ def project(
         x: [T, I].
         projections: the maps, weights [O_i, I].
         dropout: of the adapters' input, one mask for all of them.
-        residual: [T, O], added to the output of a single map.
 
     Returns:
         [T, O_i] for every map.
     """
     settings = tuple(p.settings for p in projections)
     tensors = [tensor for p in projections for tensor in p.tensors]
-    return _Project.apply(x, residual, dropout, settings, *tensors)
+    return _Project.apply(x, dropout, settings, *tensors)
 
 
 class _Project(torch.autograd.Function):
@@ -87,13 +82,13 @@ class _Project(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        residual: Tensor | None,
         dropout: Dropout | None,
         settings: tuple[Settings, ...],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         projections = gather(tensors, settings)
-        outputs, low = forward(x, projections, dropout=dropout, residual=residual)
+        adapted = dropout(x) if dropout else x
+        outputs, low = forward(x, adapted, projections)
         ctx.save_for_backward(x, low, *tensors)
         ctx.dropout, ctx.settings = dropout, settings
         return tuple(outputs)
@@ -107,11 +102,13 @@ class _Project(torch.autograd.Function):
         dlow = low_rank_gradient(dys, projections)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = input_gradient(dys, projections, dlow, dropout=ctx.dropout)
+            dx = input_gradient(dys, projections)
+            add_low_rank_(dx, dlow, projections, ctx.dropout)
+        adapted = ctx.dropout(x) if ctx.dropout and low is not None else x
         parameters = parameter_gradients(
-            dys, x, low, dlow, projections, dropout=ctx.dropout, needed=ctx.needs_input_grad[4:]
+            dys, x, adapted, low, dlow, projections, needed=ctx.needs_input_grad[3:]
         )
-        return dx, dys[0] if ctx.needs_input_grad[1] else None, None, None, *parameters
+        return dx, None, None, *parameters
 
 
 def gather(tensors: Sequence[Tensor | None], settings: Sequence[Settings]) -> list[Projection]:
@@ -123,24 +120,21 @@ def gather(tensors: Sequence[Tensor | None], settings: Sequence[Settings]) -> li
 
 
 def forward(
-    x: Tensor,
-    projections: Sequence[Projection],
-    *,
-    dropout: Dropout | None,
-    residual: Tensor | None = None,
+    x: Tensor, adapted: Tensor, projections: Sequence[Projection]
 ) -> tuple[list[Tensor], Tensor | None]:
-    """The outputs [T, O_i], and the adapters' low-rank activations [T, R] (None without any)."""
+    """The outputs [T, O_i], and the adapters' low-rank activations [T, R] (None without any).
+
+    `adapted` [T, I] is what the adapters get: x after dropout.
+    """
     rows = int8.quantize_rows(x) if any(p.rounded for p in projections) else None
     outputs = [_dense(x, rows, p) for p in projections]
-    factors = _stacked(projections, x.dtype)
-    low = None
-    if factors is not None:
-        low = F.linear(dropout(x) if dropout else x, factors)
-        for y, p, part in zip(outputs, projections, _split(low, projections), strict=True):
-            if part is not None and p.B is not None:
-                y.addmm_(part, _scaled(p, x.dtype).t())
-    if residual is not None:  # last: small terms would be lost one by one in the large stream
-        outputs[0] += residual
+    factors = stacked(projections, x.dtype)
+    if factors is None:
+        return outputs, None
+    low = F.linear(adapted, factors)
+    for y, p, part in zip(outputs, projections, _split(low, projections), strict=True):
+        if part is not None and p.B is not None:
+            y.addmm_(part, _scaled(p, x.dtype).t())
     return outputs, low
 
 
@@ -160,14 +154,8 @@ def low_rank_gradient(dys: Sequence[Tensor], projections: Sequence[Projection]) 
     return torch.cat(parts, dim=1) if parts else None
 
 
-def input_gradient(
-    dys: Sequence[Tensor],
-    projections: Sequence[Projection],
-    dlow: Tensor | None,
-    *,
-    dropout: Dropout | None,
-) -> Tensor:
-    """Gradient of the shared input, [T, I]: the sum of dy_i W_i, plus the adapters' part."""
+def input_gradient(dys: Sequence[Tensor], projections: Sequence[Projection]) -> Tensor:
+    """Gradient of the shared input through the weights, [T, I]: the sum of dy_i W_i."""
     dx: Tensor | None = None
     for dy, p in zip(dys, projections, strict=True):
         if p.rounded is not None:
@@ -175,47 +163,69 @@ def input_gradient(
         else:
             dx = dy @ p.weight if dx is None else dx.addmm_(dy, p.weight)
     assert dx is not None
-    factors = _stacked(projections, dx.dtype)
+    return dx
+
+
+def add_low_rank_(
+    dx: Tensor, dlow: Tensor | None, projections: Sequence[Projection], dropout: Dropout | None
+) -> None:
+    """Add the gradient of the shared input through the adapters to dx [T, I]."""
+    factors = stacked(projections, dx.dtype)
     if factors is None or dlow is None:
-        return dx
+        return
     if dropout:
-        return dropout.add_(dx, dlow @ factors)
-    return dx.addmm_(dlow, factors)
+        dropout.add_(dx, dlow @ factors)
+    else:
+        dx.addmm_(dlow, factors)
 
 
 def parameter_gradients(
     dys: Sequence[Tensor],
     x: Tensor,
+    adapted: Tensor,
     low: Tensor | None,
     dlow: Tensor | None,
     projections: Sequence[Projection],
     *,
-    dropout: Dropout | None,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients in the order of the projections' tensors; None where none is needed."""
     dA: Tensor | None = None
     if dlow is not None and any(needed[2::TENSORS]):
-        dA = dlow.t() @ (dropout(x) if dropout else x)
-    lows = _split(low, projections)
-    dAs = _split(dA.t() if dA is not None else None, projections)
+        dA = _outer(dlow, adapted)
+    dAs = [None] * len(projections) if dA is None else dA.split([p.r for p in projections])
     gradients: list[Tensor | None] = []
-    for i, (dy, p) in enumerate(zip(dys, projections, strict=True)):
+    for i, (dy, p, part) in enumerate(zip(dys, projections, _split(low, projections), strict=True)):
         weight, bias, a, b = needed[TENSORS * i : TENSORS * (i + 1)]
-        part, factor = lows[i], dAs[i]
+        own = dAs[i]
         gradients += [
             dy.t() @ x if weight else None,
             dy.sum(0) if bias else None,
-            factor.t().to(p.A.dtype) if a and p.A is not None and factor is not None else None,
-            (part.t() @ dy).t().to(p.B.dtype, memory_format=torch.contiguous_format).mul_(p.scale)
-            if b and p.B is not None and part is not None
-            else None,
+            own.to(p.A.dtype) if a and p.A is not None and own is not None else None,
+            _factor_gradient(dy, part, p) if b and part is not None else None,
         ]
     return gradients
 
 
-def _stacked(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
-    """[A_1; A_2; ...], [R, I]."""
+def _factor_gradient(dy: Tensor, low: Tensor, p: Projection) -> Tensor:
+    """Gradient of a B, [O, r]: s dyᵀ low."""
+    assert p.B is not None
+    return (_outer(low, dy).t() * p.scale).to(p.B.dtype, memory_format=torch.contiguous_format)
+
+
+def _outer(narrow: Tensor, wide: Tensor) -> Tensor:
+    """narrowᵀ wide, [T, R] and [T, n] -> [R, n]; float32 where the kernel is compiled."""
+    rows, columns = narrow.shape[1], wide.shape[1]
+    fits = narrow.stride(1) == 1 and rows % 16 == columns % 16 == 0
+    if fits and narrow.dtype == torch.bfloat16 and native.takes(wide):
+        product = wide.new_empty((rows, columns), dtype=torch.float32)
+        native.call("lk_outer", len(wide), rows, narrow.stride(0), columns, narrow, wide, product)
+        return product
+    return narrow.t() @ wide
+
+
+def stacked(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
+    """[A_1; A_2; ...], [R, I]; None without adapters."""
     factors = [p.A.to(dtype) for p in projections if p.A is not None]
     return torch.cat(factors) if factors else None
 

@@ -1,7 +1,7 @@
 """The gated MLP (SwiGLU: Shazeer 2020, arXiv:2002.05202, equation 6) under LoRA, as one function.
 
-y = residual + down(silu(gate(x)) up(x)). Kept for the backward pass: x, gate, up and the low-rank
-activations; the product of the gates is formed again.
+y = down(silu(gate(x)) up(x)). Kept for the backward pass: x, gate, up and the low-rank activations;
+the product of the gates is formed again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorikeet.kernels import linear, native
-from lorikeet.kernels.dropout import Dropout
+from lorikeet.kernels.dropout import NO_MASK, Dropout
 from lorikeet.kernels.linear import TENSORS, Projection, Settings
 
 
@@ -24,17 +24,15 @@ def gated_mlp(
     up: Projection,
     down: Projection,
     *,
-    residual: Tensor,
     dropout: tuple[Dropout | None, Dropout | None] = (None, None),
 ) -> Tensor:
-    """Run a gated MLP and add the residual stream.
+    """Run a gated MLP.
 
     Args:
         x: [T, I], the normalised input.
         gate: weight [M, I].
         up: weight [M, I].
         down: weight [I, M].
-        residual: [T, I].
         dropout: of the adapters' inputs: that of gate and up, that of down.
 
     Returns:
@@ -42,7 +40,7 @@ def gated_mlp(
     """
     settings = (gate.settings, up.settings, down.settings)
     tensors = (*gate.tensors, *up.tensors, *down.tensors)
-    return _GatedMlp.apply(x, residual, dropout, settings, *tensors)
+    return _GatedMlp.apply(x, dropout, settings, *tensors)
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -50,15 +48,15 @@ class _GatedMlp(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        residual: Tensor,
         dropout: tuple[Dropout | None, Dropout | None],
         settings: tuple[Settings, ...],
         *tensors: Tensor | None,
     ) -> Tensor:
         gate, up, down = linear.gather(tensors, settings)
-        (g, u), low = linear.forward(x, [gate, up], dropout=dropout[0])
-        act = _swiglu(g, u)
-        (y,), low_down = linear.forward(act, [down], dropout=dropout[1], residual=residual)
+        shared, inner = dropout
+        (g, u), low = linear.forward(x, shared(x) if shared else x, [gate, up])
+        act, dropped = _swiglu(g, u, inner)
+        (y,), low_down = linear.forward(act, dropped, [down])
         ctx.save_for_backward(x, g, u, low, low_down, *tensors)
         ctx.dropout, ctx.settings = dropout, settings
         return y
@@ -69,43 +67,72 @@ class _GatedMlp(torch.autograd.Function):
         x, g, u, low, low_down, *tensors = ctx.saved_tensors
         gate, up, down = linear.gather(tensors, ctx.settings)
         shared, inner = ctx.dropout
-        needed = ctx.needs_input_grad[4:]
+        needed = ctx.needs_input_grad[3:]
         dy = dy.contiguous()
 
         dlow = linear.low_rank_gradient([dy], [down])
-        dact = linear.input_gradient([dy], [down], dlow, dropout=inner)
-        dg, du, act = _swiglu_backward(dact, g, u)
-        down_gradients = linear.parameter_gradients(
-            [dy], act, low_down, dlow, [down], dropout=inner, needed=needed[2 * TENSORS :]
+        dact = linear.input_gradient([dy], [down])
+        through = None  # the mask lies between the adapter's input and act
+        factors = linear.stacked([down], dy.dtype)
+        if inner and dlow is not None and factors is not None:
+            through = dlow @ factors
+        else:
+            linear.add_low_rank_(dact, dlow, [down], None)
+        dg, du, act, dropped = _swiglu_backward(
+            dact, through, g, u, inner, plain=needed[2 * TENSORS]
         )
-        del act, dact
+        down_gradients = linear.parameter_gradients(
+            [dy], act, dropped, low_down, dlow, [down], needed=needed[2 * TENSORS :]
+        )
+        del dact, through, act, dropped
         dlow = linear.low_rank_gradient([dg, du], [gate, up])
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = linear.input_gradient([dg, du], [gate, up], dlow, dropout=shared)
+            dx = linear.input_gradient([dg, du], [gate, up])
+            linear.add_low_rank_(dx, dlow, [gate, up], shared)
+        adapted = shared(x) if shared and low is not None else x
         gradients = linear.parameter_gradients(
-            [dg, du], x, low, dlow, [gate, up], dropout=shared, needed=needed[: 2 * TENSORS]
+            [dg, du], x, adapted, low, dlow, [gate, up], needed=needed[: 2 * TENSORS]
         )
-        residual = dy if ctx.needs_input_grad[1] else None
-        return dx, residual, None, None, *gradients, *down_gradients
+        return dx, None, None, *gradients, *down_gradients
 
 
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, [T, M]."""
+def _swiglu(gate: Tensor, up: Tensor, mask: Dropout | None) -> tuple[Tensor, Tensor]:
+    """silu(gate) · up [T, M], and the same under the mask."""
     if native.takes(gate, up):
         act = torch.empty_like(gate)
-        native.call("lk_swiglu", native.type_of(gate), gate.numel(), gate, up, act)
-        return act
-    return F.silu(gate) * up
+        dropped = torch.empty_like(gate) if mask else None
+        words = mask.words if mask else NO_MASK
+        arguments = (gate.numel(), gate, up, *words, act, dropped)
+        native.call("lk_swiglu", native.type_of(gate), *arguments)
+        return act, act if dropped is None else dropped
+    act = F.silu(gate) * up
+    return act, mask(act) if mask else act
 
 
-def _swiglu_backward(dact: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of gate and up, and silu(gate) · up again; all [T, M]."""
-    if native.takes(dact, gate, up):
+def _swiglu_backward(
+    dact: Tensor,
+    through: Tensor | None,
+    gate: Tensor,
+    up: Tensor,
+    mask: Dropout | None,
+    *,
+    plain: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of gate and up, and silu(gate) · up again, without and with the mask.
+
+    All [T, M]. The gradient of the product is dact, plus `through` under the mask. Without `plain`
+    the third is the fourth.
+    """
+    if native.takes(dact, gate, up) and not (plain and mask):
         dgate, dup, act = (torch.empty_like(gate) for _ in range(3))
-        arguments = (gate.numel(), dact, gate, up, dgate, dup, act)
+        words = mask.words if mask else NO_MASK
+        arguments = (gate.numel(), dact, through, gate, up, *words, dgate, dup, act)
         native.call("lk_swiglu_backward", native.type_of(gate), *arguments)
-        return dgate, dup, act
+        return dgate, dup, act, act
+    if through is not None and mask is not None:
+        mask.add_(dact, through)
     silu = F.silu(gate)
+    act = silu * up
     dgate = torch.ops.aten.silu_backward(dact * up, gate)
-    return dgate, dact * silu, silu * up
+    return dgate, dact * silu, act, mask(act) if mask else act

@@ -22,48 +22,78 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         [T, I]; x and a float per row are kept for the backward pass.
     """
-    return _RmsNorm.apply(x, weight, eps)
+    return _RmsNorm.apply(x, None, weight, eps)[1]
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add what a sublayer computed to the residual stream, and normalise the sum.
+
+    Args:
+        x: [T, I], the stream.
+        delta: [T, I], what is added to it.
+        weight: [I].
+        eps: added to the mean square.
+
+    Returns:
+        x + delta and its norm, both [T, I]; the gradients of both meet in one pass.
+    """
+    return _RmsNorm.apply(x, delta, weight, eps)
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, rstd = _normalise(x, weight, eps)
-        ctx.save_for_backward(x, weight, rstd)
-        return y
+    def forward(
+        ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total, y, rstd = _normalise(x, delta, weight, eps)
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.set_materialize_grads(False)
+        return total, y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, rstd = ctx.saved_tensors
+    def backward(
+        ctx: Any, dtotal: Tensor | None, dy: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        total, weight, rstd = ctx.saved_tensors
+        if dy is None:
+            return dtotal, dtotal if ctx.needs_input_grad[1] else None, None, None
         dy = dy.contiguous()
-        dx = _input_gradient(dy, x, weight, rstd) if ctx.needs_input_grad[0] else None
-        dweight = None
-        if ctx.needs_input_grad[1]:
+        dx = dweight = None
+        if any(ctx.needs_input_grad[:2]):
+            dx = _input_gradient(dy, total, weight, rstd, plus=dtotal)
+        if ctx.needs_input_grad[2]:
             wide = rstd.dtype
-            dweight = (dy.to(wide) * x.to(wide) * rstd[:, None]).sum(0).to(weight.dtype)
-        return dx, dweight, None
+            dweight = (dy.to(wide) * total.to(wide) * rstd[:, None]).sum(0).to(weight.dtype)
+        return dx, dx if ctx.needs_input_grad[1] else None, dweight, None
 
 
-def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y [T, I] and 1 / sqrt(mean(x²) + eps) [T]."""
-    if native.takes(x, weight):
+def _normalise(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + delta (x itself without delta), its norm [T, I], and 1 / sqrt(mean square + eps) [T]."""
+    if native.takes(x, weight) and (delta is None or native.takes(x, delta)):
+        total = x.view_as(x) if delta is None else torch.empty_like(x)
         y, rstd = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
-        native.call("lk_rms_norm", native.type_of(x), *x.shape, x, weight, eps, y, rstd)
-        return y, rstd
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        arguments = (*x.shape, x, delta, weight, eps, total, y, rstd)
+        native.call("lk_rms_norm", native.type_of(x), *arguments)
+        return total, y, rstd
+    total = x.view_as(x) if delta is None else x + delta
+    wide = total.to(torch.promote_types(x.dtype, torch.float32))
     rstd = (wide.square().mean(-1) + eps).rsqrt()
-    return (wide * rstd[:, None] * weight.to(wide.dtype)).to(x.dtype), rstd
+    return total, (wide * rstd[:, None] * weight.to(wide.dtype)).to(x.dtype), rstd
 
 
-def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    """rstd (w dy - x̂ mean(w dy x̂)) with x̂ = rstd x."""
-    if native.takes(dy, x, weight):
+def _input_gradient(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, plus: Tensor | None
+) -> Tensor:
+    """rstd (w dy - x̂ mean(w dy x̂)) with x̂ = rstd x; plus another gradient of x, if there is one."""
+    if native.takes(dy, x, weight) and (plus is None or native.takes(dy, plus)):
         dx = torch.empty_like(x)
-        name = "lk_rms_norm_backward"
-        native.call(name, native.type_of(x), *x.shape, dy, x, weight, rstd, None, dx)
+        arguments = (*x.shape, dy, x, weight, rstd, plus, dx)
+        native.call("lk_rms_norm_backward", native.type_of(x), *arguments)
         return dx
     normal = x.to(rstd.dtype) * rstd[:, None]
     slope = dy.to(rstd.dtype) * weight.to(rstd.dtype)
     dx = rstd[:, None] * (slope - normal * (slope * normal).mean(-1, keepdim=True))
-    return dx.to(x.dtype)
+    return dx.to(x.dtype) if plus is None else (dx + plus).to(x.dtype)

@@ -28,7 +28,7 @@ from lorikeet.model.attention import Documents, attend
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Architectures (transformers' names) whose blocks `_block` describes."""
 
-_STEP = 64
+_STEP = 32
 """The row is padded to a multiple of this: oneDNN compiles its products for every new length."""
 
 
@@ -118,6 +118,7 @@ class _Pass:
         return Dropout(rates.pop(), _key(self.dropout_key, site))
 
 
+_Stream = tuple[Tensor, Tensor | None]  # two terms of the residual stream
 _SITES = 4  # inputs that adapters share in a block: of q k v, of o, of gate and up, of down
 
 
@@ -132,7 +133,7 @@ def _key(first: int, site: int) -> int:
 def first_block(model: Any, hidden: Tensor, batch: Batch) -> Tensor:
     """The first block's output [T, I] for hidden rows [T, I] of a batch's documents."""
     run = _Pass.over(model.model, hidden, batch.positions, batch.lengths)
-    return _block(model.model.layers[0], 0, hidden, run, None)
+    return torch.add(*_block(model.model.layers[0], 0, (hidden, None), run, None))
 
 
 def _token_nll(model: Any, batch: Batch, settings: FastNll) -> Tensor:
@@ -144,15 +145,16 @@ def _token_nll(model: Any, batch: Batch, settings: FastNll) -> Tensor:
         dropout_key=int(torch.randint(2**31, ())) if model.training else None,
         rounded=settings.rounded if model.training else {},
     )
+    stream: _Stream = (x, None)
     for number, layer in enumerate(body.layers):
         # After the last attention only the rows that predict something are of use.
         rows = batch.rows if number == len(body.layers) - 1 else None
-        arguments = (layer, number, x, run, rows)
+        arguments = (layer, number, stream, run, rows)
         if number < settings.recompute and torch.is_grad_enabled():
-            x = checkpoint(_block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            stream = checkpoint(_block, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            x = _block(*arguments)
-    hidden = kernels.rms_norm(x, body.norm.weight, body.norm.variance_epsilon)
+            stream = _block(*arguments)
+    _, hidden = _normalise(body.norm, *stream)
     return _head(model.lm_head, hidden, batch.targets)
 
 
@@ -167,39 +169,41 @@ def _padded(batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
     return ids, positions, [*batch.lengths, pads]
 
 
-def _block(layer: Any, number: int, x: Tensor, run: _Pass, rows: Tensor | None) -> Tensor:
-    """One decoder block, [T, I] -> [T, I], or -> [S, I] if only `rows` are asked for."""
+def _block(
+    layer: Any, number: int, stream: _Stream, run: _Pass, rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One decoder block over [T, I], or its output for `rows` [S, I] alone.
+
+    The residual stream comes and goes as two terms, which the next norm adds.
+    """
     attention, mlp, site = layer.self_attn, layer.mlp, number * _SITES
     inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+    x, normal = _normalise(layer.input_layernorm, *stream)
     q, k, v = kernels.project(
-        _normalise(layer.input_layernorm, x),
-        [run.projection(m) for m in inputs],
-        dropout=run.dropout(inputs, site),
+        normal, [run.projection(m) for m in inputs], dropout=run.dropout(inputs, site)
     )
     o = _attention(attention, q, k, v, run)
     if rows is not None:
         o, x = o[rows], x[rows]
     output = [attention.o_proj]
-    (x,) = kernels.project(
-        o,
-        [run.projection(m) for m in output],
-        dropout=run.dropout(output, site + 1),
-        residual=x,
+    (delta,) = kernels.project(
+        o, [run.projection(m) for m in output], dropout=run.dropout(output, site + 1)
     )
+    x, normal = _normalise(layer.post_attention_layernorm, x, delta)
     gates, down = [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]
-    return kernels.gated_mlp(
-        _normalise(layer.post_attention_layernorm, x),
+    delta = kernels.gated_mlp(
+        normal,
         *(run.projection(m) for m in gates + down),
-        residual=x,
         dropout=(run.dropout(gates, site + 2), run.dropout(down, site + 3)),
     )
+    return x, delta
 
 
 def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, run: _Pass) -> Tensor:
     """q [T, H D], k and v [T, K D] -> [T, H D]."""
     q, k, v = (x.unflatten(1, (-1, module.head_dim)) for x in (q, k, v))
     if hasattr(module, "q_norm"):  # Qwen 3 normalises every head
-        q, k = _normalise(module.q_norm, q), _normalise(module.k_norm, k)
+        q, k = _normalise_heads(module.q_norm, q), _normalise_heads(module.k_norm, k)
     q, k = kernels.rotate(q, run.cos, run.sin), kernels.rotate(k, run.cos, run.sin)
     window = _window(module)
     if kernels.attention.takes(q):
@@ -217,10 +221,16 @@ def _window(module: Any) -> int | None:
     return getattr(module.config, "sliding_window", None)
 
 
-def _normalise(norm: Any, x: Tensor) -> Tensor:
-    """The norm over the last dimension of [..., I]."""
-    flat = x.reshape(-1, x.shape[-1])
-    return kernels.rms_norm(flat, norm.weight, norm.variance_epsilon).view(x.shape)
+def _normalise(norm: Any, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The stream x + delta and its norm, [T, I]."""
+    if delta is None:
+        return x, kernels.rms_norm(x, norm.weight, norm.variance_epsilon)
+    return kernels.add_rms_norm(x, delta, norm.weight, norm.variance_epsilon)
+
+
+def _normalise_heads(norm: Any, x: Tensor) -> Tensor:
+    """The norm of every head of [T, H, D]."""
+    return kernels.rms_norm(x.flatten(0, 1), norm.weight, norm.variance_epsilon).view(x.shape)
 
 
 def _head(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

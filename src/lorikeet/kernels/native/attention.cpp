@@ -5,8 +5,7 @@
 // cu[i] to cu[i + 1]. Query, output: [T, H, D]; key, value: [T, K, D]; lse, delta: [H, T] float32.
 // A token q sees the tokens k of its document with 0 <= q - k < window.
 //
-// vdpbf16ps multiplies pairs: a Pair is two bfloat16 that are neighbours along the summed dimension.
-// The left operand of a product is read pair by pair (broadcast), the right one sixteen pairs at a time:
+// Operands of products (products.h):
 //   rows of a matrix      already hold pairs along the columns              -> left operand, sum over D
 //   transposed(X) [D/2,L] pairs along D, neighbours along the rows of X     -> right operand, sum over D
 //   interleaved(X) [L/2,D] pairs along the rows of X, neighbours along D    -> right operand, sum over L
@@ -14,54 +13,15 @@
 #include <algorithm>
 #include <vector>
 
-#include "simd.h"
+#include "products.h"
 
 using namespace lorikeet;
 
 namespace {
 
 constexpr long kTile = 64;  // queries and keys of a tile
-using Pair = uint32_t;
 
 long padded(long length) { return (length + kTile - 1) / kTile * kTile; }
-
-// C [MR, 16 NV] (+)= A B over `pairs` pairs; A's pair (m, p) is at a[m * row + p * step].
-template <int MR, int NV>
-inline void product_block(const Pair* a, long row, long step, const Pair* b, long ldb, long pairs,
-                          float* c, long ldc, bool add) {
-  Vec sums[MR][NV];
-  for (int m = 0; m < MR; ++m)
-    for (int v = 0; v < NV; ++v) sums[m][v] = add ? load(c + m * ldc + 16 * v) : splat(0.f);
-  for (long p = 0; p < pairs; ++p) {
-    __m512bh right[NV];
-    for (int v = 0; v < NV; ++v) right[v] = (__m512bh)_mm512_loadu_si512(b + p * ldb + 16 * v);
-    for (int m = 0; m < MR; ++m) {
-      const __m512bh left = (__m512bh)_mm512_set1_epi32((int)a[m * row + p * step]);
-      for (int v = 0; v < NV; ++v) sums[m][v] = _mm512_dpbf16_ps(sums[m][v], left, right[v]);
-    }
-  }
-  for (int m = 0; m < MR; ++m)
-    for (int v = 0; v < NV; ++v) store(c + m * ldc + 16 * v, sums[m][v]);
-}
-
-template <int NV>
-inline void product_rows(long M, const Pair* a, long row, long step, const Pair* b, long ldb,
-                         long pairs, float* c, long ldc, bool add) {
-  long m = 0;
-  for (; m + 4 <= M; m += 4)
-    product_block<4, NV>(a + m * row, row, step, b, ldb, pairs, c + m * ldc, ldc, add);
-  for (; m < M; ++m)
-    product_block<1, NV>(a + m * row, row, step, b, ldb, pairs, c + m * ldc, ldc, add);
-}
-
-// C [M, N] (+)= A B; N is a multiple of 16.
-void product(long M, long N, long pairs, const Pair* a, long row, long step, const Pair* b, long ldb,
-             float* c, long ldc, bool add) {
-  long n = 0;
-  for (; n + 64 <= N; n += 64) product_rows<4>(M, a, row, step, b + n, ldb, pairs, c + n, ldc, add);
-  for (; n + 32 <= N; n += 32) product_rows<2>(M, a, row, step, b + n, ldb, pairs, c + n, ldc, add);
-  for (; n < N; n += 16) product_rows<1>(M, a, row, step, b + n, ldb, pairs, c + n, ldc, add);
-}
 
 // X [L, D] with rows `stride` apart -> [D / 2, padded(L)] pairs; pads are zero.
 void transposed(const bf16* x, long L, long D, long stride, Pair* out) {
@@ -76,19 +36,6 @@ void transposed(const bf16* x, long L, long D, long stride, Pair* out) {
       _mm512_storeu_si512(out + p * width + i, v);
     }
   }
-}
-
-// X [L, D] with rows `stride` apart -> [padded(L) / 2, D] pairs; pads are zero.
-void interleaved(const bf16* x, long L, long D, long stride, Pair* out) {
-  for (long p = 0; p < padded(L) / 2; ++p)
-    for (long i = 0; i < D; i += 16) {
-      const __m256i zero = _mm256_setzero_si256();
-      const bf16* from = x + 2 * p * stride + i;
-      const __m256i a = 2 * p < L ? _mm256_loadu_si256((const __m256i*)from) : zero;
-      const __m256i b = 2 * p + 1 < L ? _mm256_loadu_si256((const __m256i*)(from + stride)) : zero;
-      const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16);
-      _mm512_storeu_si512(out + p * D + i, _mm512_or_si512(_mm512_cvtepu16_epi32(a), high));
-    }
 }
 
 // Two rows of floats -> a row of pairs (first, second).
@@ -132,8 +79,9 @@ void forward_tile(const Shape& s, const bf16* query, const Pair* keys, const Pai
   std::fill(mass, mass + kTile, 0.f);
   const long begin = std::max(0L, first - s.window + 1) / kTile * kTile;
   for (long k = begin; k < first + rows; k += kTile) {
+    const bool own = k == first;  // the queries' own keys, half of which they see
     product(rows, kTile, s.D / 2, (const Pair*)query, s.H * s.D / 2, 1, keys + k, width, scores, kTile,
-            false);
+            false, own ? Part::columns_up_to_row : Part::all);
     for (long i = 0; i < rows; ++i) {
       float* row = scores + i * kTile;
       Vec high = splat(-__builtin_inff());
@@ -160,7 +108,7 @@ void forward_tile(const Shape& s, const bf16* query, const Pair* keys, const Pai
       top[i] = peak;
     }
     product(rows, s.D, kTile / 2, (const Pair*)weights, kTile / 2, 1, values + k / 2 * s.D, s.D,
-            sums.data(), s.D, true);
+            sums.data(), s.D, true, own ? Part::pairs_up_to_row : Part::all);
   }
   for (long i = 0; i < rows; ++i) {
     for (long d = 0; d < s.D; d += 16)
@@ -202,7 +150,7 @@ void forward(const Shape& s, const bf16* q, const bf16* k, const bf16* v, bf16* 
     const long n = i / s.K, head = i % s.K, L = s.cu[n + 1] - s.cu[n];
     const long from = (s.cu[n] * s.K + head) * s.D;
     transposed(k + from, L, s.D, s.K * s.D, &keys[head * size + starts[n]]);
-    interleaved(v + from, L, s.D, s.K * s.D, &values[head * size + starts[n]]);
+    interleaved(v + from, L, padded(L), s.D, s.K * s.D, &values[head * size + starts[n]]);
   }
   const std::vector<Tile> tiles = query_tiles(s);
 #pragma omp parallel for schedule(dynamic)
@@ -224,15 +172,15 @@ struct Operands {
 
 void prepare(const Shape& s, Operands& o, long L, const bf16* q, const bf16* k, const bf16* output,
              const bf16* grad) {
-  const long size = padded(L) * s.D / 2, wide = s.H * s.D, narrow = s.K * s.D;
+  const long width = padded(L), size = width * s.D / 2, wide = s.H * s.D, narrow = s.K * s.D;
   for (std::vector<Pair>* v : {&o.query_t, &o.query_i, &o.grad_t, &o.grad_i, &o.key_i}) v->resize(size);
   transposed(q, L, s.D, wide, o.query_t.data());
-  interleaved(q, L, s.D, wide, o.query_i.data());
+  interleaved(q, L, width, s.D, wide, o.query_i.data());
   transposed(grad, L, s.D, wide, o.grad_t.data());
-  interleaved(grad, L, s.D, wide, o.grad_i.data());
-  interleaved(k, L, s.D, narrow, o.key_i.data());
-  o.dq.assign(padded(L) * s.D, 0.f);
-  o.delta.assign(padded(L), 0.f);
+  interleaved(grad, L, width, s.D, wide, o.grad_i.data());
+  interleaved(k, L, width, s.D, narrow, o.key_i.data());
+  o.dq.assign(width * s.D, 0.f);
+  o.delta.assign(width, 0.f);
   for (long i = 0; i < L; ++i) {  // delta = rowsum(output ∘ gradient)
     Vec dot = splat(0.f);
     for (long d = 0; d < s.D; d += 16)
@@ -281,17 +229,19 @@ void backward_head(const Shape& s, long L, const bf16* q, const bf16* k, const b
     const long last = std::min(L, first + keys - 1 + s.window);
     for (long i = first; i < last; i += kTile) {
       const long queries = std::min(kTile, L - i);
-      product(keys, kTile, s.D / 2, key, narrow, 1, &o.query_t[i], width, scores, kTile, false);
-      product(keys, kTile, s.D / 2, value, narrow, 1, &o.grad_t[i], width, slopes, kTile, false);
+      const bool own = i == first;
+      const Part columns = own ? Part::columns_from_row : Part::all;
+      const Part pairs = own ? Part::pairs_from_row : Part::all;
+      product(keys, kTile, s.D / 2, key, narrow, 1, &o.query_t[i], width, scores, kTile, false, columns);
+      product(keys, kTile, s.D / 2, value, narrow, 1, &o.grad_t[i], width, slopes, kTile, false, columns);
       softmax_backward(s, L, i, first, keys, lse, o.delta.data(), scores, slopes, weights, scaled,
                        paired);
-      const bool add = i > first;
       product(keys, s.D, kTile / 2, (const Pair*)weights, kTile / 2, 1, &o.grad_i[i / 2 * s.D], s.D,
-              dv + first * s.D, s.D, add);
+              dv + first * s.D, s.D, !own, pairs);
       product(keys, s.D, kTile / 2, (const Pair*)scaled, kTile / 2, 1, &o.query_i[i / 2 * s.D], s.D,
-              dk + first * s.D, s.D, add);
+              dk + first * s.D, s.D, !own, pairs);
       product(queries, s.D, kTile / 2, paired, 1, kTile, &o.key_i[first / 2 * s.D], s.D,
-              &o.dq[i * s.D], s.D, true);
+              &o.dq[i * s.D], s.D, true, own ? Part::pairs_up_to_row : Part::all);
     }
   }
   for (long i = 0; i < L; ++i)

@@ -11,16 +11,23 @@ namespace {
 
 constexpr long kSmall = 1 << 14;  // elements below which waking a second thread costs more
 
+// y = w x / sqrt(mean(x²) + eps) of x, or of total = x + delta, which is then written too.
 template <class E>
-void rms_norm(long T, long n, const E* x, const E* w, float eps, E* y, float* rstd) {
+void rms_norm(long T, long n, const E* x, const E* delta, const E* w, float eps, E* total, E* y,
+              float* rstd) {
 #pragma omp parallel for schedule(static) if (T * n > kSmall)
   for (long t = 0; t < T; ++t) {
-    const E* row = x + t * n;
     Vec squares = splat(0.f);
     for (long i = 0; i < n; i += kLanes) {
-      const Vec v = load(row + i, lanes(n - i));
+      const __mmask16 m = lanes(n - i);
+      Vec v = load(x + t * n + i, m);
+      if (delta) {
+        store(total + t * n + i, _mm512_add_ps(v, load(delta + t * n + i, m)), m);
+        v = load(total + t * n + i, m);  // as rounded
+      }
       squares = _mm512_fmadd_ps(v, v, squares);
     }
+    const E* row = (delta ? total : x) + t * n;
     rstd[t] = 1.f / __builtin_sqrtf(sum(squares) / n + eps);
     const Vec r = splat(rstd[t]);
     for (long i = 0; i < n; i += kLanes) {
@@ -55,32 +62,58 @@ void rms_norm_backward(long T, long n, const E* dy, const E* x, const E* w, cons
   }
 }
 
+// A dropout mask: an element is kept, and scaled, where a hash of its number (Wellons' lowbias32) and
+// the key is not below the threshold. The backward pass draws it again instead of keeping it.
+struct Mask {
+  uint32_t key, threshold;  // a threshold of 0 keeps everything
+  float scale;
+
+  Vec on(long first, Vec v) const {
+    if (threshold == 0) return v;
+    const __m512i step = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i number = _mm512_add_epi32(_mm512_set1_epi32((int)first), step);
+    __m512i h = _mm512_xor_si512(number, _mm512_set1_epi32((int)key));
+    h = _mm512_xor_si512(h, _mm512_srli_epi32(h, 16));
+    h = _mm512_mullo_epi32(h, _mm512_set1_epi32(0x7feb352d));
+    h = _mm512_xor_si512(h, _mm512_srli_epi32(h, 15));
+    h = _mm512_mullo_epi32(h, _mm512_set1_epi32((int)0x846ca68b));
+    h = _mm512_xor_si512(h, _mm512_srli_epi32(h, 16));
+    const __mmask16 kept = _mm512_cmpge_epu32_mask(h, _mm512_set1_epi32((int)threshold));
+    return _mm512_maskz_mul_ps(kept, v, splat(scale));
+  }
+};
+
 inline Vec sigmoid(Vec x) {
   return _mm512_div_ps(splat(1.f), _mm512_add_ps(splat(1.f), exp(_mm512_sub_ps(splat(0.f), x))));
 }
 
-// act = silu(gate) up
+// act = silu(gate) up; with a mask also dropped = act ∘ mask.
 template <class E>
-void swiglu(long n, const E* gate, const E* up, E* act) {
+void swiglu(long n, const E* gate, const E* up, Mask mask, E* act, E* dropped) {
 #pragma omp parallel for schedule(static) if (n > kSmall)
   for (long i = 0; i < n; i += kLanes) {
     const __mmask16 m = lanes(n - i);
     const Vec g = load(gate + i, m);
     store(act + i, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), load(up + i, m)), m);
+    if (dropped) store(dropped + i, mask.on(i, load(act + i, m)), m);
   }
 }
 
-// The gradients of gate and up, and `act` again, which the forward pass did not keep.
+// The gradients of gate and up from dact, or from dact + through ∘ mask if `through` is there; and
+// act ∘ mask (act itself without a mask) again, which the forward pass did not keep.
 template <class E>
-void swiglu_backward(long n, const E* dact, const E* gate, const E* up, E* dgate, E* dup, E* act) {
+void swiglu_backward(long n, const E* dact, const E* through, const E* gate, const E* up, Mask mask,
+                     E* dgate, E* dup, E* act) {
 #pragma omp parallel for schedule(static) if (n > kSmall)
   for (long i = 0; i < n; i += kLanes) {
     const __mmask16 m = lanes(n - i);
-    const Vec g = load(gate + i, m), u = load(up + i, m), d = load(dact + i, m);
+    const Vec g = load(gate + i, m), u = load(up + i, m);
+    Vec d = load(dact + i, m);
+    if (through) d = _mm512_add_ps(d, mask.on(i, load(through + i, m)));
     const Vec s = sigmoid(g), silu = _mm512_mul_ps(g, s);
     // silu' = s (1 + g (1 - s)) = s + silu (1 - s)
     const Vec slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(splat(1.f), s), s);
-    store(act + i, _mm512_mul_ps(silu, u), m);
+    store(act + i, mask.on(i, _mm512_mul_ps(silu, u)), m);
     store(dup + i, _mm512_mul_ps(d, silu), m);
     store(dgate + i, _mm512_mul_ps(_mm512_mul_ps(d, u), slope), m);
   }
@@ -108,28 +141,13 @@ void rotate(long T, long H, long D, const E* x, const float* cos, const float* s
     }
 }
 
-// A hash of the element's number (Wellons' lowbias32): no generator state, so the backward pass draws
-// the same mask again instead of keeping it.
-inline __m512i draw(__m512i number, __m512i key) {
-  __m512i h = _mm512_xor_si512(number, key);
-  h = _mm512_xor_si512(h, _mm512_srli_epi32(h, 16));
-  h = _mm512_mullo_epi32(h, _mm512_set1_epi32(0x7feb352d));
-  h = _mm512_xor_si512(h, _mm512_srli_epi32(h, 15));
-  h = _mm512_mullo_epi32(h, _mm512_set1_epi32((int)0x846ca68b));
-  return _mm512_xor_si512(h, _mm512_srli_epi32(h, 16));
-}
-
-// y = (add ? y : 0) + keep(i) x / (1 - p); an element is dropped where its draw is below `threshold`.
+// y = (add ? y : 0) + x ∘ mask
 template <class E>
-void dropout(long n, const E* x, uint32_t key, uint32_t threshold, float scale, int add, E* y) {
-  const __m512i k = _mm512_set1_epi32((int)key), limit = _mm512_set1_epi32((int)threshold);
-  const __m512i step = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+void dropout(long n, const E* x, Mask mask, bool add, E* y) {
 #pragma omp parallel for schedule(static) if (n > kSmall)
   for (long i = 0; i < n; i += kLanes) {
     const __mmask16 m = lanes(n - i);
-    const __m512i h = draw(_mm512_add_epi32(_mm512_set1_epi32((int)i), step), k);
-    const __mmask16 kept = _mm512_cmpge_epu32_mask(h, limit);
-    Vec v = _mm512_maskz_mul_ps(kept, load(x + i, m), splat(scale));
+    Vec v = mask.on(i, load(x + i, m));
     if (add) v = _mm512_add_ps(v, load(y + i, m));
     store(y + i, v, m);
   }
@@ -138,7 +156,7 @@ void dropout(long n, const E* x, uint32_t key, uint32_t threshold, float scale, 
 // nll[t] = log sum exp(logits[t]) - logits[t][target]; with `gradient` the row becomes
 // softmax - onehot(target).
 template <class E>
-void cross_entropy(long T, long n, E* logits, const int64_t* targets, float* nll, int gradient) {
+void cross_entropy(long T, long n, E* logits, const int64_t* targets, float* nll, bool gradient) {
 #pragma omp parallel for schedule(static) if (T * n > kSmall)
   for (long t = 0; t < T; ++t) {
     E* row = logits + t * n;
@@ -153,15 +171,14 @@ void cross_entropy(long T, long n, E* logits, const int64_t* targets, float* nll
       const __mmask16 m = lanes(n - i);
       total = _mm512_mask_add_ps(total, m, total, exp(_mm512_sub_ps(load(row + i, m), splat(top))));
     }
-    const float mass = sum(total);
-    const float log_mass = top + __builtin_logf(mass);
-    nll[t] = log_mass - _mm512_cvtss_f32(load(row + targets[t], 1));
+    const float log_mass = __builtin_logf(sum(total));  // beside top: their sum would be rounded
+    nll[t] = (top - _mm512_cvtss_f32(load(row + targets[t], 1))) + log_mass;
     if (!gradient) continue;
     const Vec norm = splat(log_mass);
     const float at_target = __builtin_expf(-nll[t]) - 1.f;
     for (long i = 0; i < n; i += kLanes) {
       const __mmask16 m = lanes(n - i);
-      store(row + i, exp(_mm512_sub_ps(load(row + i, m), norm)), m);
+      store(row + i, exp(_mm512_sub_ps(_mm512_sub_ps(load(row + i, m), splat(top)), norm)), m);
     }
     store(row + targets[t], splat(at_target), 1);
   }
@@ -169,58 +186,57 @@ void cross_entropy(long T, long n, E* logits, const int64_t* targets, float* nll
 
 }  // namespace
 
-#define BOTH(call_float, call_bf16) \
-  if (type == 0) {                  \
-    call_float;                     \
-  } else {                          \
-    call_bf16;                      \
+// E is the type of the tensors: 0 float32, 1 bfloat16.
+#define FOR_TYPE(...)                        \
+  if (type == 0) {                           \
+    using E = float;                         \
+    __VA_ARGS__;                             \
+  } else {                                   \
+    using E = bf16;                          \
+    __VA_ARGS__;                             \
   }
 
 extern "C" {
 
-void lk_rms_norm(long type, long T, long n, const void* x, const void* w, float eps, void* y,
-                 float* rstd) {
-  BOTH(rms_norm(T, n, (const float*)x, (const float*)w, eps, (float*)y, rstd),
-       rms_norm(T, n, (const bf16*)x, (const bf16*)w, eps, (bf16*)y, rstd))
+void lk_rms_norm(long type, long T, long n, const void* x, const void* delta, const void* w, float eps,
+                 void* total, void* y, float* rstd) {
+  FOR_TYPE(rms_norm<E>(T, n, (const E*)x, (const E*)delta, (const E*)w, eps, (E*)total, (E*)y, rstd))
 }
 
 void lk_rms_norm_backward(long type, long T, long n, const void* dy, const void* x, const void* w,
                           const float* rstd, const void* plus, void* dx) {
-  BOTH(rms_norm_backward(T, n, (const float*)dy, (const float*)x, (const float*)w, rstd,
-                         (const float*)plus, (float*)dx),
-       rms_norm_backward(T, n, (const bf16*)dy, (const bf16*)x, (const bf16*)w, rstd,
-                         (const bf16*)plus, (bf16*)dx))
+  FOR_TYPE(rms_norm_backward<E>(T, n, (const E*)dy, (const E*)x, (const E*)w, rstd, (const E*)plus,
+                                (E*)dx))
 }
 
-void lk_swiglu(long type, long n, const void* gate, const void* up, void* act) {
-  BOTH(swiglu(n, (const float*)gate, (const float*)up, (float*)act),
-       swiglu(n, (const bf16*)gate, (const bf16*)up, (bf16*)act))
+void lk_swiglu(long type, long n, const void* gate, const void* up, long key, long threshold,
+               float scale, void* act, void* dropped) {
+  const Mask mask{(uint32_t)key, (uint32_t)threshold, scale};
+  FOR_TYPE(swiglu<E>(n, (const E*)gate, (const E*)up, mask, (E*)act, (E*)dropped))
 }
 
-void lk_swiglu_backward(long type, long n, const void* dact, const void* gate, const void* up,
-                        void* dgate, void* dup, void* act) {
-  BOTH(swiglu_backward(n, (const float*)dact, (const float*)gate, (const float*)up, (float*)dgate,
-                       (float*)dup, (float*)act),
-       swiglu_backward(n, (const bf16*)dact, (const bf16*)gate, (const bf16*)up, (bf16*)dgate,
-                       (bf16*)dup, (bf16*)act))
+void lk_swiglu_backward(long type, long n, const void* dact, const void* through, const void* gate,
+                        const void* up, long key, long threshold, float scale, void* dgate, void* dup,
+                        void* act) {
+  const Mask mask{(uint32_t)key, (uint32_t)threshold, scale};
+  FOR_TYPE(swiglu_backward<E>(n, (const E*)dact, (const E*)through, (const E*)gate, (const E*)up, mask,
+                              (E*)dgate, (E*)dup, (E*)act))
 }
 
 void lk_rotate(long type, long T, long H, long D, const void* x, const float* cos, const float* sin,
                float sign, void* y) {
-  BOTH(rotate(T, H, D, (const float*)x, cos, sin, sign, (float*)y),
-       rotate(T, H, D, (const bf16*)x, cos, sin, sign, (bf16*)y))
+  FOR_TYPE(rotate<E>(T, H, D, (const E*)x, cos, sin, sign, (E*)y))
 }
 
-void lk_dropout(long type, long n, const void* x, long key, long threshold, float scale,
-                long add, void* y) {
-  BOTH(dropout(n, (const float*)x, (uint32_t)key, (uint32_t)threshold, scale, add, (float*)y),
-       dropout(n, (const bf16*)x, (uint32_t)key, (uint32_t)threshold, scale, add, (bf16*)y))
+void lk_dropout(long type, long n, const void* x, long key, long threshold, float scale, long add,
+                void* y) {
+  const Mask mask{(uint32_t)key, (uint32_t)threshold, scale};
+  FOR_TYPE(dropout<E>(n, (const E*)x, mask, add != 0, (E*)y))
 }
 
 void lk_cross_entropy(long type, long T, long n, void* logits, const int64_t* targets, float* nll,
                       long gradient) {
-  BOTH(cross_entropy(T, n, (float*)logits, targets, nll, gradient),
-       cross_entropy(T, n, (bf16*)logits, targets, nll, gradient))
+  FOR_TYPE(cross_entropy<E>(T, n, (E*)logits, targets, nll, gradient != 0))
 }
 
 }  // extern "C"

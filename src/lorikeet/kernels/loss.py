@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -85,9 +84,12 @@ def _pass(
     dweight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
     dbias = torch.zeros_like(bias, dtype=wide) if wanted[2] and bias is not None else None
     rows = max(32, CHUNK_BYTES // (weight.shape[0] * weight.element_size()) // 32 * 32)
+    room = hidden.new_empty((min(rows, hidden.shape[0]), weight.shape[0]))
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
-        logits = F.linear(hidden[part], weight, bias)
+        logits = torch.mm(hidden[part], weight.t(), out=room[: len(hidden[part])])
+        if bias is not None:
+            logits += bias
         nll[part] = _cross_entropy_(logits, targets[part], gradient=any(wanted))
         if row_weights is not None:
             logits *= row_weights[part, None].to(logits.dtype)

@@ -9,7 +9,14 @@ from lorikeet.model.budget import Fit, fit_memory, measure
 from lorikeet.model.fast import FastNll, int8_weights
 from lorikeet.model.fingerprint import fingerprint
 from lorikeet.model.loss import token_nll
-from lorikeet.model.machine import Machine, can_multiply_int8, choose, describe, peak_memory
+from lorikeet.model.machine import (
+    Machine,
+    can_multiply_int8,
+    choose,
+    describe,
+    keep_freed_memory,
+    peak_memory,
+)
 
 __all__ = [
     "Base",
@@ -25,6 +32,7 @@ __all__ = [
     "fit_memory",
     "init_model",
     "int8_weights",
+    "keep_freed_memory",
     "load_model",
     "load_tokenizer",
     "measure",

@@ -21,6 +21,7 @@ from lorikeet.model import (
     can_multiply_int8,
     fit_memory,
     int8_weights,
+    keep_freed_memory,
     measure,
     token_nll,
 )
@@ -90,6 +91,7 @@ def set_up(
     Raises:
         ConfigError: training does not fit into `max_memory`, or int8 cannot be had here.
     """
+    keep_freed_memory()
     loss = _in_int8(model, nll) if config.int8 else nll
     fit = None
     if config.max_memory is not None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorikeet.kernels import Dropout, Projection, project
+from lorikeet.kernels import Dropout, Projection, add_rms_norm, project
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 SCALES = (0.5, 2.0, 1.7)
@@ -208,3 +208,21 @@ def test_what_is_no_number_stays_so(dtype: torch.dtype) -> None:
         assert torch.isnan(y).all(1).tolist() == [False, False, True, False, False, False]
         assert torch.isfinite(y[3:]).all()
         assert y.shape == before.shape
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout", [None, Dropout(0.3, 5)])
+def test_normalised_rows_need_not_be_kept(dtype: torch.dtype, dropout: Dropout | None) -> None:
+    """The same bits, whether the rows are kept or made again."""
+    tensors = inputs((16, None, 4), (33, 48, 32), bias=True)
+    given = {name: None if t is None else t.to(dtype) for name, t in tensors.items()}
+    found = []
+    for kept in (True, False):
+        leaves = {n: t.clone().requires_grad_() for n, t in given.items() if t is not None}
+        _, normal = add_rms_norm(leaves["x"], None, torch.ones(48, dtype=dtype), 1e-5)
+        parts = {n: leaves.get(n) for n in tensors if n != "x"}
+        outputs = kernel(dropout)(normal.rows if kept else normal, **parts)
+        total = sum(y.float().square().sum() for y in outputs)
+        found.append([*outputs, *torch.autograd.grad(total, list(leaves.values()))])
+    assert all(torch.equal(kept, again) for kept, again in zip(*found, strict=True))

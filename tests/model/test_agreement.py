@@ -184,8 +184,8 @@ def unturned(_: Any) -> Any:
     return lambda x, cos, sin: x
 
 
-def without_weight(rms_norm: Any) -> Any:
-    return lambda x, weight, eps: rms_norm(x, 0 * weight + 1, eps)
+def without_weight(add_rms_norm: Any) -> Any:
+    return lambda x, delta, weight, eps: add_rms_norm(x, delta, 0 * weight + 1, eps)
 
 
 def without_residual(add_rms_norm: Any) -> Any:
@@ -208,8 +208,8 @@ class _HalfTheSlope(torch.autograd.Function):
         return 0.5 * gradient
 
 
-def right_but_for_the_gradient(rms_norm: Any) -> Any:
-    return lambda x, weight, eps: rms_norm(x, _HalfTheSlope.apply(weight), eps)
+def right_but_for_the_gradient(add_rms_norm: Any) -> Any:
+    return lambda x, delta, weight, eps: add_rms_norm(x, delta, _HalfTheSlope.apply(weight), eps)
 
 
 def nan_in_the_gradient(gated_mlp: Any) -> Any:
@@ -229,7 +229,7 @@ def too_much(head_nll: Any) -> Any:
 WRONG = [
     ("rotate", turned_the_other_way, "the output of its first block is "),
     ("rotate", unturned, "the output of its first block is "),
-    ("rms_norm", without_weight, "the output of its first block is "),
+    ("add_rms_norm", without_weight, "the output of its first block is "),
     ("add_rms_norm", without_residual, "the output of its first block is "),
     ("project", without_bias, "the output of its first block is "),
     ("gated_mlp", nan_in_the_gradient, "the gradient of "),
@@ -257,8 +257,8 @@ def test_a_disagreement_is_noticed(
 
 
 def test_a_wrong_gradient_is_named(capsys: Said, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = right_but_for_the_gradient(kernels.rms_norm)
-    monkeypatch.setattr(kernels, "rms_norm", wrong)
+    wrong = right_but_for_the_gradient(kernels.add_rms_norm)
+    monkeypatch.setattr(kernels, "add_rms_norm", wrong)
     found = assert_disagrees(llama(), capsys)
     expected = "the gradient of input_layernorm.weight of its first block is 5.0e-01 off"
     assert found == f"{expected} (at most 1e-04)\n"
@@ -267,7 +267,7 @@ def test_a_wrong_gradient_is_named(capsys: Said, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     "error", [RuntimeError("shapes do not fit"), TypeError("no such"), IndexError("beyond")]
 )
-@pytest.mark.parametrize("name", ["rms_norm", "project", "rotate", "gated_mlp", "head_nll"])
+@pytest.mark.parametrize("name", ["add_rms_norm", "project", "rotate", "gated_mlp", "head_nll"])
 def test_a_kernel_that_fails(
     name: str, error: Exception, capsys: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,12 +15,13 @@ from lorikeet.kernels.int8 import Int8Weight, quantize_weight
 from lorikeet.kernels.linear import Projection, project
 from lorikeet.kernels.loss import head_nll
 from lorikeet.kernels.mlp import gated_mlp
-from lorikeet.kernels.norm import add_rms_norm, rms_norm
+from lorikeet.kernels.norm import Normal, add_rms_norm, rms_norm
 from lorikeet.kernels.rope import rotate
 
 __all__ = [
     "Dropout",
     "Int8Weight",
+    "Normal",
     "Projection",
     "add_rms_norm",
     "attend",

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from lorikeet.kernels import int8, native
 from lorikeet.kernels.dropout import Dropout
 from lorikeet.kernels.int8 import Int8Weight
+from lorikeet.kernels.norm import Normal, Origin
 
 
 class Projection(NamedTuple):
@@ -60,12 +61,12 @@ Settings = tuple[float, Int8Weight | None]
 
 
 def project(
-    x: Tensor, projections: Sequence[Projection], *, dropout: Dropout | None = None
+    x: Tensor | Normal, projections: Sequence[Projection], *, dropout: Dropout | None = None
 ) -> tuple[Tensor, ...]:
     """Map one input through several linear maps.
 
     Args:
-        x: [T, I].
+        x: [T, I]; normalised rows are made again in the backward pass, others kept for it.
         projections: the maps, weights [O_i, I].
         dropout: of the adapters' input, one mask for all of them.
 
@@ -74,7 +75,8 @@ def project(
     """
     settings = tuple(p.settings for p in projections)
     tensors = [tensor for p in projections for tensor in p.tensors]
-    return _Project.apply(x, dropout, settings, *tensors)
+    rows, origin = x if isinstance(x, Normal) else (x, None)
+    return _Project.apply(rows, origin, dropout, settings, *tensors)
 
 
 class _Project(torch.autograd.Function):
@@ -82,6 +84,7 @@ class _Project(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        origin: Origin | None,
         dropout: Dropout | None,
         settings: tuple[Settings, ...],
         *tensors: Tensor | None,
@@ -89,14 +92,14 @@ class _Project(torch.autograd.Function):
         projections = gather(tensors, settings)
         adapted = dropout(x) if dropout else x
         outputs, low = forward(x, adapted, projections)
-        ctx.save_for_backward(x, low, *tensors)
+        keep_input(ctx, x, origin, low, *tensors)
         ctx.dropout, ctx.settings = dropout, settings
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, *tensors = ctx.saved_tensors
+        x, low, *tensors = kept_input(ctx)
         projections = gather(tensors, ctx.settings)
         dys = [dy.contiguous() for dy in gradients]
         dlow = low_rank_gradient(dys, projections)
@@ -106,9 +109,23 @@ class _Project(torch.autograd.Function):
             add_low_rank_(dx, dlow, projections, ctx.dropout)
         adapted = ctx.dropout(x) if ctx.dropout and low is not None else x
         parameters = parameter_gradients(
-            dys, x, adapted, low, dlow, projections, needed=ctx.needs_input_grad[3:]
+            dys, x, adapted, low, dlow, projections, needed=ctx.needs_input_grad[4:]
         )
-        return dx, None, None, *parameters
+        return dx, None, None, None, *parameters
+
+
+def keep_input(ctx: Any, x: Tensor, origin: Origin | None, *others: Tensor | None) -> None:
+    """Save for the backward pass what x can be had from, and other tensors."""
+    ctx.eps = None if origin is None else origin.eps
+    ctx.save_for_backward(*((x,) if origin is None else origin[:2]), *others)
+
+
+def kept_input(ctx: Any) -> list[Tensor]:
+    """What `keep_input` was given: x, and the others."""
+    if ctx.eps is None:
+        return list(ctx.saved_tensors)
+    total, weight, *others = ctx.saved_tensors
+    return [Origin(total, weight, ctx.eps).rows(), *others]
 
 
 def gather(tensors: Sequence[Tensor | None], settings: Sequence[Settings]) -> list[Projection]:
@@ -127,23 +144,31 @@ def forward(
     `adapted` [T, I] is what the adapters get: x after dropout.
     """
     rows = int8.quantize_rows(x) if any(p.rounded for p in projections) else None
-    outputs = [_dense(x, rows, p) for p in projections]
     factors = stacked(projections, x.dtype)
-    if factors is None:
-        return outputs, None
-    low = F.linear(adapted, factors)
-    for y, p, part in zip(outputs, projections, _split(low, projections), strict=True):
-        if part is not None and p.B is not None:
-            y.addmm_(part, _scaled(p, x.dtype).t())
+    low = None if factors is None else F.linear(adapted, factors)
+    outputs = [
+        _output(x, rows, p, part)
+        for p, part in zip(projections, _split(low, projections), strict=True)
+    ]
     return outputs, low
 
 
-def _dense(x: Tensor, rows: int8.Rows | None, p: Projection) -> Tensor:
-    """x Wᵀ + b, [T, O]."""
+def _output(x: Tensor, rows: int8.Rows | None, p: Projection, low: Tensor | None) -> Tensor:
+    """x Wᵀ + b + s low Bᵀ, [T, O]."""
+    y = None
     if p.rounded is None or rows is None:
-        return F.linear(x, p.weight, p.bias)
-    y = int8.multiply(rows, p.rounded, dtype=x.dtype)
-    return y if p.bias is None else y.add_(p.bias)
+        y = F.linear(x, p.weight, p.bias)
+    elif low is not None and p.B is not None and p.bias is None:
+        y = int8.multiply_low(rows, p.rounded, low, _scaled(p, x.dtype))
+        if y is not None:
+            return y
+    if y is None:
+        assert p.rounded is not None and rows is not None
+        y = int8.multiply(rows, p.rounded, dtype=x.dtype)
+        y = y if p.bias is None else y.add_(p.bias)
+    if low is not None and p.B is not None:
+        y.addmm_(low, _scaled(p, x.dtype).t())
+    return y
 
 
 def low_rank_gradient(dys: Sequence[Tensor], projections: Sequence[Projection]) -> Tensor | None:

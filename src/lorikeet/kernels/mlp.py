@@ -1,7 +1,7 @@
 """The gated MLP (SwiGLU: Shazeer 2020, arXiv:2002.05202, equation 6) under LoRA, as one function.
 
-y = down(silu(gate(x)) up(x)). Kept for the backward pass: x, gate, up and the low-rank activations;
-the product of the gates is formed again.
+y = down(silu(gate(x)) up(x)). Kept for the backward pass: x (or what it is made of), gate, up and
+the low-rank activations; the product of the gates is formed again.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch.autograd.function import once_differentiable
 from lorikeet.kernels import linear, native
 from lorikeet.kernels.dropout import NO_MASK, Dropout
 from lorikeet.kernels.linear import TENSORS, Projection, Settings
+from lorikeet.kernels.norm import Normal, Origin
 
 
 def gated_mlp(
-    x: Tensor,
+    x: Tensor | Normal,
     gate: Projection,
     up: Projection,
     down: Projection,
@@ -29,7 +30,7 @@ def gated_mlp(
     """Run a gated MLP.
 
     Args:
-        x: [T, I], the normalised input.
+        x: [T, I]; normalised rows are made again in the backward pass, others kept for it.
         gate: weight [M, I].
         up: weight [M, I].
         down: weight [I, M].
@@ -40,7 +41,8 @@ def gated_mlp(
     """
     settings = (gate.settings, up.settings, down.settings)
     tensors = (*gate.tensors, *up.tensors, *down.tensors)
-    return _GatedMlp.apply(x, dropout, settings, *tensors)
+    rows, origin = x if isinstance(x, Normal) else (x, None)
+    return _GatedMlp.apply(rows, origin, dropout, settings, *tensors)
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -48,6 +50,7 @@ class _GatedMlp(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        origin: Origin | None,
         dropout: tuple[Dropout | None, Dropout | None],
         settings: tuple[Settings, ...],
         *tensors: Tensor | None,
@@ -57,17 +60,17 @@ class _GatedMlp(torch.autograd.Function):
         (g, u), low = linear.forward(x, shared(x) if shared else x, [gate, up])
         act, dropped = _swiglu(g, u, inner)
         (y,), low_down = linear.forward(act, dropped, [down])
-        ctx.save_for_backward(x, g, u, low, low_down, *tensors)
+        linear.keep_input(ctx, x, origin, g, u, low, low_down, *tensors)
         ctx.dropout, ctx.settings = dropout, settings
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, g, u, low, low_down, *tensors = ctx.saved_tensors
+        x, g, u, low, low_down, *tensors = linear.kept_input(ctx)
         gate, up, down = linear.gather(tensors, ctx.settings)
         shared, inner = ctx.dropout
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         dy = dy.contiguous()
 
         dlow = linear.low_rank_gradient([dy], [down])
@@ -94,7 +97,7 @@ class _GatedMlp(torch.autograd.Function):
         gradients = linear.parameter_gradients(
             [dg, du], x, adapted, low, dlow, [gate, up], needed=needed[: 2 * TENSORS]
         )
-        return dx, None, None, *gradients, *down_gradients
+        return dx, None, None, None, *gradients, *down_gradients
 
 
 def _swiglu(gate: Tensor, up: Tensor, mask: Dropout | None) -> tuple[Tensor, Tensor]:

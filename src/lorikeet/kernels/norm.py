@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,19 +25,52 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RmsNorm.apply(x, None, weight, eps)[1]
 
 
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+class Origin(NamedTuple):
+    """What normalised rows can be made of again, so that nobody needs to keep them.
+
+    Attributes:
+        total: [T, I], kept for the norm's own backward pass in any case.
+        weight: [I].
+        eps: added to the mean square.
+    """
+
+    total: Tensor
+    weight: Tensor
+    eps: float
+
+    def rows(self) -> Tensor:
+        """The normalised rows [T, I], the same bits."""
+        return _normalise(self.total, None, self.weight, self.eps)[1]
+
+
+class Normal(NamedTuple):
+    """Normalised rows.
+
+    Attributes:
+        rows: [T, I].
+        origin: what they are made of.
+    """
+
+    rows: Tensor
+    origin: Origin
+
+
+def add_rms_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Normal]:
     """Add what a sublayer computed to the residual stream, and normalise the sum.
 
     Args:
         x: [T, I], the stream.
-        delta: [T, I], what is added to it.
+        delta: [T, I], what is added to it; None for nothing.
         weight: [I].
         eps: added to the mean square.
 
     Returns:
-        x + delta and its norm, both [T, I]; the gradients of both meet in one pass.
+        x + delta, and its norm; the gradients of both meet in one pass.
     """
-    return _RmsNorm.apply(x, delta, weight, eps)
+    total, rows = _RmsNorm.apply(x, delta, weight, eps)
+    return total, Normal(rows, Origin(total.detach(), weight.detach(), eps))
 
 
 class _RmsNorm(torch.autograd.Function):

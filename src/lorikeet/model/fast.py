@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorikeet import kernels
 from lorikeet.data.batch import Batch
-from lorikeet.kernels import Dropout, Int8Weight, Projection, quantize_weight
+from lorikeet.kernels import Dropout, Int8Weight, Normal, Projection, quantize_weight
 from lorikeet.lora import LoraLinear
 from lorikeet.model.attention import Documents, attend
 
@@ -155,7 +155,7 @@ def _token_nll(model: Any, batch: Batch, settings: FastNll) -> Tensor:
         else:
             stream = _block(*arguments)
     _, hidden = _normalise(body.norm, *stream)
-    return _head(model.lm_head, hidden, batch.targets)
+    return _head(model.lm_head, hidden.rows, batch.targets)
 
 
 def _padded(batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
@@ -221,10 +221,8 @@ def _window(module: Any) -> int | None:
     return getattr(module.config, "sliding_window", None)
 
 
-def _normalise(norm: Any, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+def _normalise(norm: Any, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Normal]:
     """The stream x + delta and its norm, [T, I]."""
-    if delta is None:
-        return x, kernels.rms_norm(x, norm.weight, norm.variance_epsilon)
     return kernels.add_rms_norm(x, delta, norm.weight, norm.variance_epsilon)
 
 

@@ -2,11 +2,16 @@
 //
 // Legend: T rows, n columns. `type` is 0 for float32 and 1 for bfloat16.
 
-#include "simd.h"
+#include <algorithm>
+#include <vector>
+
+#include "products.h"
 
 using namespace lorikeet;
 
 namespace {
+
+constexpr long kRows = 8;  // rows at a time: as many independent sums
 
 // q[t] = round(x[t] ∘ columns · 127 / largest), scale[t] = largest / 127 with the row's largest magnitude.
 // A row with a NaN or an infinity gets a NaN for its scale, so that the product says so.
@@ -15,23 +20,28 @@ void quantize(long T, long n, const E* x, const float* columns, int8_t* q, float
 #pragma omp parallel for schedule(static)
   for (long t = 0; t < T; ++t) {
     const E* row = x + t * n;
-    Vec largest = splat(0.f), check = splat(0.f);
+    __m512i largest = _mm512_setzero_si512();  // magnitudes compare as integers, NaN above all
     for (long i = 0; i < n; i += kLanes) {
       const __mmask16 m = lanes(n - i);
       Vec v = load(row + i, m);
       if (columns) v = _mm512_mul_ps(v, load(columns + i, m));
-      largest = _mm512_max_ps(largest, _mm512_abs_ps(v));
-      check = _mm512_fmadd_ps(v, splat(0.f), check);  // 0 unless NaN or infinite
+      largest = _mm512_max_epu32(largest, _mm512_castps_si512(_mm512_abs_ps(v)));
     }
-    const float top = _mm512_reduce_max_ps(largest);
-    scale[t] = top / 127.f + sum(check);
+    const uint32_t bits = _mm512_reduce_max_epu32(largest);
+    float top;
+    __builtin_memcpy(&top, &bits, sizeof top);
+    scale[t] = bits < 0x7f800000 ? top / 127.f : __builtin_nanf("");
     const Vec inverse = splat(top > 0.f ? 127.f / top : 0.f);
     for (long i = 0; i < n; i += kLanes) {
       const __mmask16 m = lanes(n - i);
       Vec v = load(row + i, m);
       if (columns) v = _mm512_mul_ps(v, load(columns + i, m));
       const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(v, inverse));  // to nearest even
-      _mm_mask_storeu_epi8(q + t * n + i, m, _mm512_cvtsepi32_epi8(whole));
+      const __m128i bytes = _mm512_cvtsepi32_epi8(whole);
+      if (m == 0xffff)
+        _mm_storeu_si128((__m128i*)(q + t * n + i), bytes);
+      else
+        _mm_mask_storeu_epi8(q + t * n + i, m, bytes);
     }
   }
 }
@@ -54,6 +64,36 @@ void dequantize(long T, long n, const int32_t* sums, const float* rows, const fl
   }
 }
 
+// The same, with the low-rank term in one pass: y = sums · rows[t] · columns[i] + (low bᵀ)[t, i].
+// low [T, R] with rows `stride` apart, b [n, R]; R is even, n a multiple of 16.
+void dequantize_low(long T, long n, const int32_t* sums, const float* rows, const float* columns,
+                    long R, long stride, const bf16* low, const bf16* b, bf16* y) {
+  const long pairs = R / 2;
+  std::vector<Pair> right(pairs * n);  // pairs along the rank, neighbours along the outputs
+  for (long i = 0; i < n; ++i)
+    for (long p = 0; p < pairs; ++p) right[p * n + i] = ((const Pair*)(b + i * R))[p];
+#pragma omp parallel for schedule(static)
+  for (long t = 0; t < T; t += kRows)
+    for (long i = 0; i < n; i += kLanes) {
+      Vec total[kRows];
+      const long count = std::min(kRows, T - t);
+      for (long j = 0; j < kRows; ++j) {
+        const long at = (t + std::min(j, count - 1)) * n + i;
+        const Vec v = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums + at));
+        total[j] = _mm512_mul_ps(_mm512_mul_ps(v, splat(rows[t + std::min(j, count - 1)])),
+                                 load(columns + i));
+      }
+      for (long p = 0; p < pairs; ++p) {
+        const __m512bh factor = (__m512bh)_mm512_loadu_si512(&right[p * n + i]);
+        for (long j = 0; j < kRows; ++j) {
+          const Pair* left = (const Pair*)(low + (t + std::min(j, count - 1)) * stride);
+          total[j] = _mm512_dpbf16_ps(total[j], (__m512bh)_mm512_set1_epi32((int)left[p]), factor);
+        }
+      }
+      for (long j = 0; j < count; ++j) store(y + (t + j) * n + i, total[j]);
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -72,6 +112,11 @@ void lk_dequantize(long type, long T, long n, const int32_t* sums, const float* 
     dequantize(T, n, sums, rows, columns, add, (float*)y);
   else
     dequantize(T, n, sums, rows, columns, add, (bf16*)y);
+}
+
+void lk_dequantize_low(long T, long n, const int32_t* sums, const float* rows, const float* columns,
+                       long R, long stride, const void* low, const void* b, void* y) {
+  dequantize_low(T, n, sums, rows, columns, R, stride, (const bf16*)low, (const bf16*)b, (bf16*)y);
 }
 
 }  // extern "C"

@@ -29,7 +29,11 @@ inline Vec load(const bf16* p, __mmask16 m = 0xffff) {
 inline void store(float* p, Vec v, __mmask16 m = 0xffff) { _mm512_mask_storeu_ps(p, m, v); }
 
 inline void store(bf16* p, Vec v, __mmask16 m = 0xffff) {  // rounds to nearest even, keeps NaN
-  _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(v));
+  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(v);
+  if (m == 0xffff)  // masked stores of 16 bits are slow
+    _mm256_storeu_si256((__m256i*)p, rounded);
+  else
+    _mm256_mask_storeu_epi16(p, m, rounded);
 }
 
 inline Vec splat(float x) { return _mm512_set1_ps(x); }

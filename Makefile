@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PEERS := .venv-peers
 RESULTS := bench-results
 
-.PHONY: setup demo test check slow clean peers bench bench-parity bench-scaling
+.PHONY: setup demo test check slow clean peers bench bench-kernels bench-parity bench-scaling
 
 setup: $(VENV)/.ready
 
@@ -35,6 +35,9 @@ slow: setup
 bench: setup peers
 	$(BIN)/python -m benchmarks run --out $(RESULTS)/speed.json $(BENCH)
 	$(BIN)/python -m benchmarks run --memory --out $(RESULTS)/memory.json $(BENCH)
+
+bench-kernels: setup
+	$(BIN)/python -m benchmarks.kernels
 
 bench-parity: setup
 	$(BIN)/python -m benchmarks parity --out $(RESULTS)/parity.json $(BENCH)

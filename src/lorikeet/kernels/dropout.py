@@ -9,9 +9,6 @@ from torch import Tensor
 
 from lorikeet.kernels import native
 
-_WORD = 0xFFFFFFFF
-
-
 NO_MASK = (0, 0, 1.0)
 """`Dropout.words` of a mask that keeps everything."""
 
@@ -59,17 +56,17 @@ class Dropout:
         return int(self.p * 2**32)
 
     def _mask(self, x: Tensor) -> Tensor:
-        """0 or 1 / (1 - p) in x's shape. Words have 32 bits, kept in int64 for their products."""
-        h = torch.arange(x.numel(), device=x.device) & _WORD ^ self.key
-        h ^= h >> 16
-        h = h * 0x7FEB352D & _WORD
-        h ^= h >> 15
-        h = _times(h, 0x846CA68B)
-        h ^= h >> 16
-        kept = (h >= self._threshold).view(x.shape)
-        return kept.to(x.dtype) / (1.0 - self.p)
+        """0 or 1 / (1 - p) in x's shape; int32 products wrap around as the hash wants them."""
+        h = torch.arange(x.numel(), dtype=torch.int32, device=x.device)
+        h ^= _signed(self.key)
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+            h ^= (h >> shift).bitwise_and_((1 << 32 - shift) - 1)  # a shift that brings in zeros
+            h *= _signed(factor)
+        h ^= _signed(1 << 31)  # unsigned words compare as signed ones with the top bit turned
+        kept = (h >= _signed(self._threshold ^ 1 << 31)).view(x.shape)
+        return kept.to(x.dtype).div_(1.0 - self.p)
 
 
-def _times(h: Tensor, factor: int) -> Tensor:
-    """h · factor modulo 2^32 without leaving int64: factor has 32 bits, a product could have 64."""
-    return (h * (factor & 0xFFFF) + ((h * (factor >> 16) & 0xFFFF) << 16)) & _WORD
+def _signed(word: int) -> int:
+    """The int32 with the same 32 bits."""
+    return word - 2**32 if word >= 2**31 else word

@@ -56,32 +56,6 @@ def multiply(rows: Rows, weight: Int8Weight, *, dtype: torch.dtype) -> Tensor:
     return _dequantize(sums, rows.scale, weight.scale, torch.empty_like(sums, dtype=dtype))
 
 
-def multiply_low(rows: Rows, weight: Int8Weight, low: Tensor, b: Tensor) -> Tensor | None:
-    """x Wᵀ + low bᵀ, bfloat16 [T, O], in one pass over the sums; None where it is not compiled.
-
-    Args:
-        rows: x as int8, [T, I].
-        weight: W, [O, I].
-        low: bfloat16 [T, r], with neighbours along r.
-        b: bfloat16 [O, r].
-    """
-    if not (
-        low.dtype == torch.bfloat16
-        and native.takes(b)
-        and low.stride(1) == 1
-        and (low.shape[1] | low.stride(0)) % 2 == 0
-        and len(b) % 16 == 0
-    ):
-        return None
-    sums = torch._int_mm(rows.values, weight.values.t())
-    y = torch.empty_like(sums, dtype=low.dtype)
-    native.call(
-        "lk_dequantize_low",
-        *(*sums.shape, sums, rows.scale, weight.scale, low.shape[1], low.stride(0), low, b, y),
-    )
-    return y
-
-
 def input_gradient(dy: Tensor, weight: Int8Weight, *, plus: Tensor | None = None) -> Tensor:
     """dy W, [T, O] and [O, I] -> [T, I]; `plus` is added to in place and returned."""
     rows = Rows(*_quantize(dy, weight.scale))

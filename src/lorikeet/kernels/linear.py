@@ -155,17 +155,11 @@ def forward(
 
 def _output(x: Tensor, rows: int8.Rows | None, p: Projection, low: Tensor | None) -> Tensor:
     """x Wᵀ + b + s low Bᵀ, [T, O]."""
-    y = None
-    if p.rounded is None or rows is None:
-        y = F.linear(x, p.weight, p.bias)
-    elif low is not None and p.B is not None and p.bias is None:
-        y = int8.multiply_low(rows, p.rounded, low, _scaled(p, x.dtype))
-        if y is not None:
-            return y
-    if y is None:
-        assert p.rounded is not None and rows is not None
+    if p.rounded is not None and rows is not None:
         y = int8.multiply(rows, p.rounded, dtype=x.dtype)
         y = y if p.bias is None else y.add_(p.bias)
+    else:
+        y = F.linear(x, p.weight, p.bias)
     if low is not None and p.B is not None:
         y.addmm_(low, _scaled(p, x.dtype).t())
     return y

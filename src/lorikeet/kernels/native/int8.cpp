@@ -2,16 +2,11 @@
 //
 // Legend: T rows, n columns. `type` is 0 for float32 and 1 for bfloat16.
 
-#include <algorithm>
-#include <vector>
-
-#include "products.h"
+#include "simd.h"
 
 using namespace lorikeet;
 
 namespace {
-
-constexpr long kRows = 8;  // rows at a time: as many independent sums
 
 // q[t] = round(x[t] ∘ columns · 127 / largest), scale[t] = largest / 127 with the row's largest magnitude.
 // A row with a NaN or an infinity gets a NaN for its scale, so that the product says so.
@@ -64,36 +59,6 @@ void dequantize(long T, long n, const int32_t* sums, const float* rows, const fl
   }
 }
 
-// The same, with the low-rank term in one pass: y = sums · rows[t] · columns[i] + (low bᵀ)[t, i].
-// low [T, R] with rows `stride` apart, b [n, R]; R is even, n a multiple of 16.
-void dequantize_low(long T, long n, const int32_t* sums, const float* rows, const float* columns,
-                    long R, long stride, const bf16* low, const bf16* b, bf16* y) {
-  const long pairs = R / 2;
-  std::vector<Pair> right(pairs * n);  // pairs along the rank, neighbours along the outputs
-  for (long i = 0; i < n; ++i)
-    for (long p = 0; p < pairs; ++p) right[p * n + i] = ((const Pair*)(b + i * R))[p];
-#pragma omp parallel for schedule(static)
-  for (long t = 0; t < T; t += kRows)
-    for (long i = 0; i < n; i += kLanes) {
-      Vec total[kRows];
-      const long count = std::min(kRows, T - t);
-      for (long j = 0; j < kRows; ++j) {
-        const long at = (t + std::min(j, count - 1)) * n + i;
-        const Vec v = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums + at));
-        total[j] = _mm512_mul_ps(_mm512_mul_ps(v, splat(rows[t + std::min(j, count - 1)])),
-                                 load(columns + i));
-      }
-      for (long p = 0; p < pairs; ++p) {
-        const __m512bh factor = (__m512bh)_mm512_loadu_si512(&right[p * n + i]);
-        for (long j = 0; j < kRows; ++j) {
-          const Pair* left = (const Pair*)(low + (t + std::min(j, count - 1)) * stride);
-          total[j] = _mm512_dpbf16_ps(total[j], (__m512bh)_mm512_set1_epi32((int)left[p]), factor);
-        }
-      }
-      for (long j = 0; j < count; ++j) store(y + (t + j) * n + i, total[j]);
-    }
-}
-
 }  // namespace
 
 extern "C" {
@@ -112,11 +77,6 @@ void lk_dequantize(long type, long T, long n, const int32_t* sums, const float* 
     dequantize(T, n, sums, rows, columns, add, (float*)y);
   else
     dequantize(T, n, sums, rows, columns, add, (bf16*)y);
-}
-
-void lk_dequantize_low(long T, long n, const int32_t* sums, const float* rows, const float* columns,
-                       long R, long stride, const void* low, const void* b, void* y) {
-  dequantize_low(T, n, sums, rows, columns, R, stride, (const bf16*)low, (const bf16*)b, (bf16*)y);
 }
 
 }  // extern "C"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorikeet.data.batch import pack
 from lorikeet.data.example import Example
@@ -19,6 +19,7 @@ from lorikeet.errors import ConfigError
 from lorikeet.kernels.loss import CHUNK_BYTES
 from lorikeet.model.agreement import TokenNll
 from lorikeet.model.fast import FastNll
+from lorikeet.model.footprint import saved_bytes
 from lorikeet.model.machine import memory_held
 
 _PROBE = 128  # tokens of the row whose saved tensors are counted
@@ -104,7 +105,8 @@ def saved_by_block(model: Any, nll: FastNll) -> int:
 
 
 def _input_bytes(model: Any) -> int:
-    return model.config.hidden_size * next(model.parameters()).element_size()
+    """Bytes per token of a block's input, which is two terms of the residual stream."""
+    return 2 * model.config.hidden_size * next(model.parameters()).element_size()
 
 
 def fit_memory(footprint: Footprint, *, limit: int, max_tokens: int, longest: int) -> Fit:
@@ -147,17 +149,6 @@ def size(count: int) -> str:
 
 def _saved(model: nn.Module, nll: TokenNll) -> int:
     """Bytes that autograd keeps for the backward pass of a row, parameters excepted."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen: dict[int, int] = {}
-    kept: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)  # a freed storage's address would be given out again
-        return tensor
-
     # The fast path runs the last block's MLP for supervised rows only, so all are; on the other
     # path the logits of all rows would outweigh the activations.
     supervised = [isinstance(nll, FastNll)] * (_PROBE - 1) + [True]
@@ -166,11 +157,8 @@ def _saved(model: nn.Module, nll: TokenNll) -> int:
     was_training = model.training
     model.train()
     try:
-        with (
-            torch.random.fork_rng(),
-            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-        ):
+        with torch.random.fork_rng(), saved_bytes(model) as count:
             nll(model, pack([example]).to(device))
+            return count()
     finally:
         model.train(was_training)
-    return sum(seen.values())

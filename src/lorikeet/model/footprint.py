@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from time import perf_counter
 from typing import Any
@@ -54,6 +56,16 @@ def saved_bytes_per_token(model: Any, *, tokens: int = 256) -> int:
         tokens: length of the row that is run.
     """
     model.set_attn_implementation(_FLASH_SHAPE)
+    model.train()
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    with saved_bytes(model) as count:
+        model.base_model(input_ids=ids, use_cache=False)
+        return count() // tokens
+
+
+@contextmanager
+def saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
+    """Within the block, count the bytes that autograd saves: each storage once, parameters not."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     seen: dict[int, int] = {}
     kept: list[Tensor] = []
@@ -65,11 +77,8 @@ def saved_bytes_per_token(model: Any, *, tokens: int = 256) -> int:
             kept.append(tensor)  # a freed storage's address would be given out again
         return tensor
 
-    model.train()
-    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model.base_model(input_ids=ids, use_cache=False)
-    return sum(seen.values()) // tokens
+        yield lambda: sum(seen.values())
 
 
 def block_model(model: Any, *, dtype: torch.dtype, device: torch.device) -> Any:

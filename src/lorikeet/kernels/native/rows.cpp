@@ -119,8 +119,8 @@ void swiglu_backward(long n, const E* dact, const E* through, const E* gate, con
   }
 }
 
-// Rotary embedding of H heads of width D: y = x cos + sign · rotate_half(x) sin; D / 2 and in place
-// is fine because both halves are read before they are written. cos and sin are [T, D] float32.
+// Rotary embedding of H heads of width D: y = x cos + sign · rotate_half(x) sin. cos and sin are
+// [T, D] float32.
 template <class E>
 void rotate(long T, long H, long D, const E* x, const float* cos, const float* sin, float sign, E* y) {
   const long half = D / 2;

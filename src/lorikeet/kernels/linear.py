@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorikeet.kernels import int8, native
+from lorikeet.kernels import int8, low_rank
 from lorikeet.kernels.dropout import Dropout
 from lorikeet.kernels.int8 import Int8Weight
 from lorikeet.kernels.norm import Normal, Origin
@@ -90,8 +90,7 @@ class _Project(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         projections = gather(tensors, settings)
-        adapted = dropout(x) if dropout else x
-        outputs, low = forward(x, adapted, projections)
+        outputs, low = forward(x, projections, dropout)
         keep_input(ctx, x, origin, low, *tensors)
         ctx.dropout, ctx.settings = dropout, settings
         return tuple(outputs)
@@ -107,9 +106,8 @@ class _Project(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = input_gradient(dys, projections)
             add_low_rank_(dx, dlow, projections, ctx.dropout)
-        adapted = ctx.dropout(x) if ctx.dropout and low is not None else x
         parameters = parameter_gradients(
-            dys, x, adapted, low, dlow, projections, needed=ctx.needs_input_grad[4:]
+            dys, x, low, dlow, projections, ctx.dropout, needed=ctx.needs_input_grad[4:]
         )
         return dx, None, None, None, *parameters
 
@@ -137,15 +135,12 @@ def gather(tensors: Sequence[Tensor | None], settings: Sequence[Settings]) -> li
 
 
 def forward(
-    x: Tensor, adapted: Tensor, projections: Sequence[Projection]
+    x: Tensor, projections: Sequence[Projection], dropout: Dropout | None
 ) -> tuple[list[Tensor], Tensor | None]:
-    """The outputs [T, O_i], and the adapters' low-rank activations [T, R] (None without any).
-
-    `adapted` [T, I] is what the adapters get: x after dropout.
-    """
+    """The outputs [T, O_i], and the adapters' low-rank activations [T, R] (None without any)."""
     rows = int8.quantize_rows(x) if any(p.rounded for p in projections) else None
-    factors = stacked(projections, x.dtype)
-    low = None if factors is None else F.linear(adapted, factors)
+    factors = _factors(projections)
+    low = low_rank.narrow(x, factors, dropout=dropout) if factors else None
     outputs = [
         _output(x, rows, p, part)
         for p, part in zip(projections, _split(low, projections), strict=True)
@@ -161,16 +156,19 @@ def _output(x: Tensor, rows: int8.Rows | None, p: Projection, low: Tensor | None
     else:
         y = F.linear(x, p.weight, p.bias)
     if low is not None and p.B is not None:
-        y.addmm_(low, _scaled(p, x.dtype).t())
+        low_rank.widen_(y, low, [p.B.t()], scale=p.scale)
     return y
 
 
 def low_rank_gradient(dys: Sequence[Tensor], projections: Sequence[Projection]) -> Tensor | None:
     """Gradient of the low-rank activations, [T, R]: s_i dy_i B_i side by side."""
-    parts = [
-        dy @ _scaled(p, dy.dtype) for dy, p in zip(dys, projections, strict=True) if p.B is not None
-    ]
-    return torch.cat(parts, dim=1) if parts else None
+    if not any(p.r for p in projections):
+        return None
+    dlow = dys[0].new_empty(len(dys[0]), sum(p.r for p in projections))
+    for dy, p, part in zip(dys, projections, _split(dlow, projections), strict=True):
+        if p.B is not None:
+            low_rank.narrow(dy, [p.B.t()], scale=p.scale, out=part)
+    return dlow
 
 
 def input_gradient(dys: Sequence[Tensor], projections: Sequence[Projection]) -> Tensor:
@@ -189,29 +187,24 @@ def add_low_rank_(
     dx: Tensor, dlow: Tensor | None, projections: Sequence[Projection], dropout: Dropout | None
 ) -> None:
     """Add the gradient of the shared input through the adapters to dx [T, I]."""
-    factors = stacked(projections, dx.dtype)
-    if factors is None or dlow is None:
-        return
-    if dropout:
-        dropout.add_(dx, dlow @ factors)
-    else:
-        dx.addmm_(dlow, factors)
+    if dlow is not None:
+        low_rank.widen_(dx, dlow, _factors(projections), dropout=dropout)
 
 
 def parameter_gradients(
     dys: Sequence[Tensor],
     x: Tensor,
-    adapted: Tensor,
     low: Tensor | None,
     dlow: Tensor | None,
     projections: Sequence[Projection],
+    dropout: Dropout | None,
     *,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients in the order of the projections' tensors; None where none is needed."""
     dA: Tensor | None = None
     if dlow is not None and any(needed[2::TENSORS]):
-        dA = _outer(dlow, adapted)
+        dA = low_rank.outer(dlow, x, dropout=dropout)
     dAs = [None] * len(projections) if dA is None else dA.split([p.r for p in projections])
     gradients: list[Tensor | None] = []
     for i, (dy, p, part) in enumerate(zip(dys, projections, _split(low, projections), strict=True)):
@@ -229,30 +222,12 @@ def parameter_gradients(
 def _factor_gradient(dy: Tensor, low: Tensor, p: Projection) -> Tensor:
     """Gradient of a B, [O, r]: s dyᵀ low."""
     assert p.B is not None
-    return (_outer(low, dy).t() * p.scale).to(p.B.dtype, memory_format=torch.contiguous_format)
+    return low_rank.outer_transposed(low, dy, scale=p.scale).to(p.B.dtype)
 
 
-def _outer(narrow: Tensor, wide: Tensor) -> Tensor:
-    """narrowᵀ wide, [T, R] and [T, n] -> [R, n]; float32 where the kernel is compiled."""
-    rows, columns = narrow.shape[1], wide.shape[1]
-    fits = narrow.stride(1) == 1 and rows % 16 == columns % 16 == 0
-    if fits and narrow.dtype == torch.bfloat16 and native.takes(wide):
-        product = wide.new_empty((rows, columns), dtype=torch.float32)
-        native.call("lk_outer", len(wide), rows, narrow.stride(0), columns, narrow, wide, product)
-        return product
-    return narrow.t() @ wide
-
-
-def stacked(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
-    """[A_1; A_2; ...], [R, I]; None without adapters."""
-    factors = [p.A.to(dtype) for p in projections if p.A is not None]
-    return torch.cat(factors) if factors else None
-
-
-def _scaled(p: Projection, dtype: torch.dtype) -> Tensor:
-    """s B, [O, r]."""
-    assert p.B is not None
-    return (p.B * p.scale).to(dtype)
+def _factors(projections: Sequence[Projection]) -> list[Tensor]:
+    """A_1, A_2, ... of those that have adapters."""
+    return [p.A for p in projections if p.A is not None]
 
 
 def _split(low: Tensor | None, projections: Sequence[Projection]) -> Sequence[Tensor | None]:

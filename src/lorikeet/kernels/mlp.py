@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorikeet.kernels import linear, native
-from lorikeet.kernels.dropout import NO_MASK, Dropout
+from lorikeet.kernels.dropout import Dropout
 from lorikeet.kernels.linear import TENSORS, Projection, Settings
 from lorikeet.kernels.norm import Normal, Origin
 
@@ -57,9 +57,8 @@ class _GatedMlp(torch.autograd.Function):
     ) -> Tensor:
         gate, up, down = linear.gather(tensors, settings)
         shared, inner = dropout
-        (g, u), low = linear.forward(x, shared(x) if shared else x, [gate, up])
-        act, dropped = _swiglu(g, u, inner)
-        (y,), low_down = linear.forward(act, dropped, [down])
+        (g, u), low = linear.forward(x, [gate, up], shared)
+        (y,), low_down = linear.forward(_swiglu(g, u), [down], inner)
         linear.keep_input(ctx, x, origin, g, u, low, low_down, *tensors)
         ctx.dropout, ctx.settings = dropout, settings
         return y
@@ -75,67 +74,42 @@ class _GatedMlp(torch.autograd.Function):
 
         dlow = linear.low_rank_gradient([dy], [down])
         dact = linear.input_gradient([dy], [down])
-        through = None  # the mask lies between the adapter's input and act
-        factors = linear.stacked([down], dy.dtype)
-        if inner and dlow is not None and factors is not None:
-            through = dlow @ factors
-        else:
-            linear.add_low_rank_(dact, dlow, [down], None)
-        dg, du, act, dropped = _swiglu_backward(
-            dact, through, g, u, inner, plain=needed[2 * TENSORS]
-        )
+        linear.add_low_rank_(dact, dlow, [down], inner)
+        dg, du, act = _swiglu_backward(dact, g, u)
         down_gradients = linear.parameter_gradients(
-            [dy], act, dropped, low_down, dlow, [down], needed=needed[2 * TENSORS :]
+            [dy], act, low_down, dlow, [down], inner, needed=needed[2 * TENSORS :]
         )
-        del dact, through, act, dropped
+        del dact, act
         dlow = linear.low_rank_gradient([dg, du], [gate, up])
         dx = None
         if ctx.needs_input_grad[0]:
             dx = linear.input_gradient([dg, du], [gate, up])
             linear.add_low_rank_(dx, dlow, [gate, up], shared)
-        adapted = shared(x) if shared and low is not None else x
         gradients = linear.parameter_gradients(
-            [dg, du], x, adapted, low, dlow, [gate, up], needed=needed[: 2 * TENSORS]
+            [dg, du], x, low, dlow, [gate, up], shared, needed=needed[: 2 * TENSORS]
         )
         return dx, None, None, None, *gradients, *down_gradients
 
 
-def _swiglu(gate: Tensor, up: Tensor, mask: Dropout | None) -> tuple[Tensor, Tensor]:
-    """silu(gate) · up [T, M], and the same under the mask."""
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up [T, M]."""
     if native.takes(gate, up):
         act = torch.empty_like(gate)
-        dropped = torch.empty_like(gate) if mask else None
-        words = mask.words if mask else NO_MASK
-        arguments = (gate.numel(), gate, up, *words, act, dropped)
-        native.call("lk_swiglu", native.type_of(gate), *arguments)
-        return act, act if dropped is None else dropped
-    act = F.silu(gate) * up
-    return act, mask(act) if mask else act
+        native.call("lk_swiglu", native.type_of(gate), gate.numel(), gate, up, act)
+        return act
+    return F.silu(gate) * up
 
 
-def _swiglu_backward(
-    dact: Tensor,
-    through: Tensor | None,
-    gate: Tensor,
-    up: Tensor,
-    mask: Dropout | None,
-    *,
-    plain: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of gate and up, and silu(gate) · up again, without and with the mask.
+def _swiglu_backward(dact: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of gate and up, and silu(gate) · up again, which may take dact's place.
 
-    All [T, M]. The gradient of the product is dact, plus `through` under the mask. Without `plain`
-    the third is the fourth.
+    All [T, M].
     """
-    if native.takes(dact, gate, up) and not (plain and mask):
-        dgate, dup, act = (torch.empty_like(gate) for _ in range(3))
-        words = mask.words if mask else NO_MASK
-        arguments = (gate.numel(), dact, through, gate, up, *words, dgate, dup, act)
+    if native.takes(dact, gate, up):
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        arguments = (gate.numel(), dact, gate, up, dgate, dup, dact)
         native.call("lk_swiglu_backward", native.type_of(gate), *arguments)
-        return dgate, dup, act, act
-    if through is not None and mask is not None:
-        mask.add_(dact, through)
+        return dgate, dup, dact
     silu = F.silu(gate)
-    act = silu * up
     dgate = torch.ops.aten.silu_backward(dact * up, gate)
-    return dgate, dact * silu, act, mask(act) if mask else act
+    return dgate, dact * silu, silu * up

@@ -9,6 +9,7 @@ threads, sized by `torch.set_num_threads`.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -76,10 +77,14 @@ def takes(*tensors: Tensor) -> bool:
     )
 
 
-def call(name: str, *arguments: Tensor | int | float | None) -> None:
+Argument = Tensor | Sequence[Tensor] | int | float | None
+
+
+def call(name: str, *arguments: Argument) -> None:
     """Call a function of the library.
 
-    Tensors and None become pointers, an int a C long, a float a C float. Functions that exist for
+    Tensors and None become pointers, an int a C long, a float a C float; a sequence of matrices an
+    array of their addresses, numbers of rows, and the two strides. Functions that exist for
     both types get the type of the first tensor in front.
     """
     library = _load()
@@ -92,9 +97,12 @@ def type_of(tensor: Tensor) -> int:
     return _TYPES[tensor.dtype]
 
 
-def _argument(value: Tensor | int | float | None) -> object:
+def _argument(value: Argument) -> object:
     if isinstance(value, Tensor):
         return _POINTER(value.data_ptr())
     if value is None:
         return _POINTER(None)
+    if isinstance(value, Sequence):
+        words = [word for m in value for word in (m.data_ptr(), len(m), *m.stride())]
+        return (_LONG * len(words))(*words)
     return _LONG(value) if isinstance(value, int) else _FLOAT(value)

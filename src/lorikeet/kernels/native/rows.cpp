@@ -3,7 +3,7 @@
 // Legend: T rows (tokens), n columns. `type` is 0 for float32 and 1 for bfloat16; sums run in float32.
 // Every result depends on its own row alone, so it is the same for any number of threads.
 
-#include "simd.h"
+#include "mask.h"
 
 using namespace lorikeet;
 
@@ -62,58 +62,33 @@ void rms_norm_backward(long T, long n, const E* dy, const E* x, const E* w, cons
   }
 }
 
-// A dropout mask: an element is kept, and scaled, where a hash of its number (Wellons' lowbias32) and
-// the key is not below the threshold. The backward pass draws it again instead of keeping it.
-struct Mask {
-  uint32_t key, threshold;  // a threshold of 0 keeps everything
-  float scale;
-
-  Vec on(long first, Vec v) const {
-    if (threshold == 0) return v;
-    const __m512i step = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i number = _mm512_add_epi32(_mm512_set1_epi32((int)first), step);
-    __m512i h = _mm512_xor_si512(number, _mm512_set1_epi32((int)key));
-    h = _mm512_xor_si512(h, _mm512_srli_epi32(h, 16));
-    h = _mm512_mullo_epi32(h, _mm512_set1_epi32(0x7feb352d));
-    h = _mm512_xor_si512(h, _mm512_srli_epi32(h, 15));
-    h = _mm512_mullo_epi32(h, _mm512_set1_epi32((int)0x846ca68b));
-    h = _mm512_xor_si512(h, _mm512_srli_epi32(h, 16));
-    const __mmask16 kept = _mm512_cmpge_epu32_mask(h, _mm512_set1_epi32((int)threshold));
-    return _mm512_maskz_mul_ps(kept, v, splat(scale));
-  }
-};
-
 inline Vec sigmoid(Vec x) {
   return _mm512_div_ps(splat(1.f), _mm512_add_ps(splat(1.f), exp(_mm512_sub_ps(splat(0.f), x))));
 }
 
-// act = silu(gate) up; with a mask also dropped = act ∘ mask.
+// act = silu(gate) up
 template <class E>
-void swiglu(long n, const E* gate, const E* up, Mask mask, E* act, E* dropped) {
+void swiglu(long n, const E* gate, const E* up, E* act) {
 #pragma omp parallel for schedule(static) if (n > kSmall)
   for (long i = 0; i < n; i += kLanes) {
     const __mmask16 m = lanes(n - i);
     const Vec g = load(gate + i, m);
     store(act + i, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), load(up + i, m)), m);
-    if (dropped) store(dropped + i, mask.on(i, load(act + i, m)), m);
   }
 }
 
-// The gradients of gate and up from dact, or from dact + through ∘ mask if `through` is there; and
-// act ∘ mask (act itself without a mask) again, which the forward pass did not keep.
+// The gradients of gate and up from dact, and act again, which the forward pass did not keep. dact may
+// be act's memory.
 template <class E>
-void swiglu_backward(long n, const E* dact, const E* through, const E* gate, const E* up, Mask mask,
-                     E* dgate, E* dup, E* act) {
+void swiglu_backward(long n, const E* dact, const E* gate, const E* up, E* dgate, E* dup, E* act) {
 #pragma omp parallel for schedule(static) if (n > kSmall)
   for (long i = 0; i < n; i += kLanes) {
     const __mmask16 m = lanes(n - i);
-    const Vec g = load(gate + i, m), u = load(up + i, m);
-    Vec d = load(dact + i, m);
-    if (through) d = _mm512_add_ps(d, mask.on(i, load(through + i, m)));
+    const Vec g = load(gate + i, m), u = load(up + i, m), d = load(dact + i, m);
     const Vec s = sigmoid(g), silu = _mm512_mul_ps(g, s);
     // silu' = s (1 + g (1 - s)) = s + silu (1 - s)
     const Vec slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(splat(1.f), s), s);
-    store(act + i, mask.on(i, _mm512_mul_ps(silu, u)), m);
+    store(act + i, _mm512_mul_ps(silu, u), m);
     store(dup + i, _mm512_mul_ps(d, silu), m);
     store(dgate + i, _mm512_mul_ps(_mm512_mul_ps(d, u), slope), m);
   }
@@ -209,18 +184,14 @@ void lk_rms_norm_backward(long type, long T, long n, const void* dy, const void*
                                 (E*)dx))
 }
 
-void lk_swiglu(long type, long n, const void* gate, const void* up, long key, long threshold,
-               float scale, void* act, void* dropped) {
-  const Mask mask{(uint32_t)key, (uint32_t)threshold, scale};
-  FOR_TYPE(swiglu<E>(n, (const E*)gate, (const E*)up, mask, (E*)act, (E*)dropped))
+void lk_swiglu(long type, long n, const void* gate, const void* up, void* act) {
+  FOR_TYPE(swiglu<E>(n, (const E*)gate, (const E*)up, (E*)act))
 }
 
-void lk_swiglu_backward(long type, long n, const void* dact, const void* through, const void* gate,
-                        const void* up, long key, long threshold, float scale, void* dgate, void* dup,
-                        void* act) {
-  const Mask mask{(uint32_t)key, (uint32_t)threshold, scale};
-  FOR_TYPE(swiglu_backward<E>(n, (const E*)dact, (const E*)through, (const E*)gate, (const E*)up, mask,
-                              (E*)dgate, (E*)dup, (E*)act))
+void lk_swiglu_backward(long type, long n, const void* dact, const void* gate, const void* up,
+                        void* dgate, void* dup, void* act) {
+  FOR_TYPE(swiglu_backward<E>(n, (const E*)dact, (const E*)gate, (const E*)up, (E*)dgate, (E*)dup,
+                              (E*)act))
 }
 
 void lk_rotate(long type, long T, long H, long D, const void* x, const float* cos, const float* sin,

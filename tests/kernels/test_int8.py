@@ -7,27 +7,35 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lorikeet.kernels import Projection, native, project, quantize_weight
+from lorikeet.kernels import Projection, head_nll, int8, native, project, quantize_weight
 from lorikeet.kernels.int8 import input_gradient, multiply, quantize_rows
 
-VARIANTS = ["compiled", "tensor operations"]
+VARIANTS = ["compiled", "compiled, with AMX", "tensor operations"]
 
 
 @pytest.fixture(params=VARIANTS, autouse=True)
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "compiled" and native.missing() is not None:
-        pytest.skip(f"no compiled kernels: {native.missing()}")
-    if request.param != "compiled":
+    """Panels; torch's product between compiled roundings, as where there is AMX; neither."""
+    if request.param == "tensor operations":
         monkeypatch.setattr(native, "missing", lambda: "switched off for a test")
+    elif native.missing() is not None:
+        pytest.skip(f"no compiled kernels: {native.missing()}")
+    elif "AMX" in request.param:
+        monkeypatch.setattr(int8, "_has_amx", lambda: True)
     yield request.param
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    size = expected.double().norm().clamp_min(1e-30)  # an empty one has no error
+    return float((found.double() - expected.double()).norm() / size)
+
+
+# T, I, O; among them more tokens than a block has, and edges that no tile, panel or quad fits
+SIZES = [(5, 32, 48), (64, 172, 64), (1, 16, 8), (200, 64, 136), (195, 88, 72), (0, 16, 8)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(5, 32, 48), (64, 172, 64), (1, 16, 8)])
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), SIZES)
 def test_products_are_within_the_rounding(
     dtype: torch.dtype, tokens: int, inputs: int, outputs: int
 ) -> None:
@@ -41,12 +49,26 @@ def test_products_are_within_the_rounding(
     assert relative(input_gradient(dy, rounded), dy.double() @ weight.double()) < 0.02
 
 
-def test_integers_come_through_exactly() -> None:
-    x = torch.randint(-127, 128, (9, 32)).float()
-    weight = torch.randint(-127, 128, (16, 32)).float()
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), SIZES)
+def test_integers_come_through_exactly(tokens: int, inputs: int, outputs: int) -> None:
+    x = torch.randint(-127, 128, (tokens, inputs)).float()
+    weight = torch.randint(-127, 128, (outputs, inputs)).float()
     x[:, 0], weight[:, 0] = 127, 127  # the scale of every row is then 1
+    rounded = quantize_weight(weight)
+    assert torch.equal(multiply(quantize_rows(x), rounded, dtype=torch.float32), x @ weight.t())
+    dy = torch.randint(-127, 128, (tokens, outputs)).float()
+    dy[:, 0] = -127
+    assert torch.equal(input_gradient(dy, rounded), dy @ weight)
+
+
+def test_a_sum_at_its_largest_is_exact() -> None:
+    """Every product is the largest there is, of either sign: nothing saturates on the way."""
+    x = torch.full((7, 4096), 127.0)
+    weight = torch.full((3, 4096), 127.0) * torch.tensor([[1.0], [-1.0], [1.0]])
     found = multiply(quantize_rows(x), quantize_weight(weight), dtype=torch.float32)
     assert torch.equal(found, x @ weight.t())
+    found = multiply(quantize_rows(-x), quantize_weight(weight), dtype=torch.float32)
+    assert torch.equal(found, -x @ weight.t())
 
 
 def test_a_gradient_can_be_added_to_another() -> None:
@@ -96,3 +118,18 @@ def test_a_projection_with_an_int8_weight() -> None:
     errors = [relative(*pair) for pair in zip(run(True), run(False), strict=True)]
     assert max(errors) < 0.03
     assert min(errors[:4]) > 0  # the outputs and the input's gradient did go through int8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_with_an_int8_weight(dtype: torch.dtype) -> None:
+    """Logits come from int8, and their gradient goes through the weight itself."""
+    hidden, weight = torch.randn(9, 64).to(dtype), (torch.randn(200, 64) / 4).to(dtype)
+    targets = torch.randint(200, (9,))
+
+    def run(rounded: int8.Int8Weight | None) -> list[torch.Tensor]:
+        x = hidden.clone().requires_grad_()
+        nll = head_nll(x, weight, None, targets, rounded=rounded)
+        return [nll.detach(), *torch.autograd.grad(nll.sum(), x)]
+
+    errors = map(relative, run(quantize_weight(weight, backward=False)), run(None))
+    assert all(0 < error < 0.03 for error in errors)

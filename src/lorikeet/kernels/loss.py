@@ -12,13 +12,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorikeet.kernels import native
+from lorikeet.kernels import int8, native
+from lorikeet.kernels.int8 import Int8Weight
 
 CHUNK_BYTES = 24 << 20
 """Size of a chunk of logits: enough rows to make good use of the head's weight, and no more."""
 
 
-def head_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def head_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    rounded: Int8Weight | None = None,
+) -> Tensor:
     """Negative log-likelihood of each target under softmax(hidden weightᵀ + bias), in nats.
 
     Args:
@@ -26,11 +34,13 @@ def head_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
         weight: [V, I].
         bias: [V], or None.
         targets: int64 [S].
+        rounded: the frozen weight in int8, which makes the logits in its place. Their gradient
+            goes through the weight itself: probabilities span more than 127 steps.
 
     Returns:
         float32 [S] (float64 for float64).
     """
-    return _HeadNll.apply(hidden, weight, bias, targets, torch.is_grad_enabled())
+    return _HeadNll.apply(hidden, weight, bias, targets, rounded, torch.is_grad_enabled())
 
 
 class _HeadNll(torch.autograd.Function):
@@ -41,11 +51,13 @@ class _HeadNll(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        rounded: Int8Weight | None,
         training: bool,
     ) -> Tensor:
         wanted = [need and training for need in ctx.needs_input_grad[:3]]
-        nll, *gradients = _pass(hidden, weight, bias, targets, None, wanted)
+        nll, *gradients = _pass(hidden, weight, bias, targets, None, wanted, rounded)
         ctx.save_for_backward(hidden, weight, bias, targets, *gradients)
+        ctx.rounded = rounded
         return nll
 
     @staticmethod
@@ -65,8 +77,10 @@ class _HeadNll(torch.autograd.Function):
                 )
             else:
                 wanted = [False, dweight is not None, dbias is not None]
-                _, _, dweight, dbias = _pass(hidden, weight, bias, targets, dnll, wanted)
-        return dhidden, dweight, dbias, None, None
+                _, _, dweight, dbias = _pass(
+                    hidden, weight, bias, targets, dnll, wanted, ctx.rounded
+                )
+        return dhidden, dweight, dbias, None, None, None
 
 
 def _pass(
@@ -76,6 +90,7 @@ def _pass(
     targets: Tensor,
     row_weights: Tensor | None,
     wanted: list[bool],
+    rounded: Int8Weight | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """nll [S] and the wanted gradients of its sum, weighted by row, for hidden, weight and bias."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -87,7 +102,11 @@ def _pass(
     room = hidden.new_empty((min(rows, hidden.shape[0]), weight.shape[0]))
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
-        logits = torch.mm(hidden[part], weight.t(), out=room[: len(hidden[part])])
+        logits = room[: len(hidden[part])]
+        if rounded is None:
+            torch.mm(hidden[part], weight.t(), out=logits)
+        else:
+            int8.multiply(int8.quantize_rows(hidden[part]), rounded, dtype=hidden.dtype, out=logits)
         if bias is not None:
             logits += bias
         nll[part] = _cross_entropy_(logits, targets[part], gradient=any(wanted))

@@ -102,7 +102,9 @@ def _argument(value: Argument) -> object:
         return _POINTER(value.data_ptr())
     if value is None:
         return _POINTER(None)
-    if isinstance(value, Sequence):
-        words = [word for m in value for word in (m.data_ptr(), len(m), *m.stride())]
-        return (_LONG * len(words))(*words)
-    return _LONG(value) if isinstance(value, int) else _FLOAT(value)
+    if isinstance(value, int):
+        return _LONG(value)
+    if isinstance(value, float):
+        return _FLOAT(value)
+    words = [word for m in value for word in (m.data_ptr(), len(m), *m.stride())]
+    return (_LONG * len(words))(*words)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -51,13 +51,19 @@ class FastNll:
 
 
 def int8_weights(model: Any) -> dict[Tensor, Int8Weight]:
-    """Every frozen linear weight of the blocks, rounded to int8; the head stays as it is."""
+    """Every frozen linear weight of the blocks and the head, rounded to int8."""
     found: dict[Tensor, Int8Weight] = {}
     for layer in model.model.layers:
         for module in layer.modules():
-            if type(module) is nn.Linear and not module.weight.requires_grad:
+            if _is_frozen(module):
                 found[module.weight] = quantize_weight(module.weight)
+    if _is_frozen(model.lm_head):  # its logits alone are made in int8
+        found[model.lm_head.weight] = quantize_weight(model.lm_head.weight, backward=False)
     return found
+
+
+def _is_frozen(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(module) is nn.Linear and not module.weight.requires_grad
 
 
 def refusal(model: Any) -> str | None:
@@ -155,7 +161,7 @@ def _token_nll(model: Any, batch: Batch, settings: FastNll) -> Tensor:
         else:
             stream = _block(*arguments)
     _, hidden = _normalise(body.norm, *stream)
-    return _head(model.lm_head, hidden.rows, batch.targets)
+    return _head(model.lm_head, hidden.rows, batch.targets, run)
 
 
 def _padded(batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
@@ -231,10 +237,11 @@ def _normalise_heads(norm: Any, x: Tensor) -> Tensor:
     return kernels.rms_norm(x.flatten(0, 1), norm.weight, norm.variance_epsilon).view(x.shape)
 
 
-def _head(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def _head(head: nn.Module, hidden: Tensor, targets: Tensor, run: _Pass) -> Tensor:
     """Nats of the targets [S] from normalised hidden rows [S, I]."""
     if type(head) is nn.Linear:
-        return kernels.head_nll(hidden, head.weight, head.bias, targets)
+        rounded = run.rounded.get(head.weight)
+        return kernels.head_nll(hidden, head.weight, head.bias, targets, rounded=rounded)
     logits = head(hidden)  # the head itself has an adapter
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.to(wide), targets, reduction="none")

@@ -10,10 +10,13 @@ using namespace lorikeet;
 
 namespace {
 
-// q[t] = round(x[t] ∘ columns · 127 / largest), scale[t] = largest / 127 with the row's largest magnitude.
-// A row with a NaN or an infinity gets a NaN for its scale, so that the product says so.
+// q[t] = round(x[t] ∘ columns · 127 / largest) + offset, scale[t] = largest / 127 with the row's largest
+// magnitude. Rows of q lie `stride` apart. A row with a NaN or an infinity gets a NaN for its scale, so
+// that the product says so. offset is 0, or 128 for bytes without a sign.
 template <class E>
-void quantize(long T, long n, const E* x, const float* columns, int8_t* q, float* scale) {
+void quantize(long T, long n, long stride, const E* x, const float* columns, long offset, int8_t* q,
+              float* scale) {
+  const __m128i shift = _mm_set1_epi8((char)offset);
 #pragma omp parallel for schedule(static)
   for (long t = 0; t < T; ++t) {
     const E* row = x + t * n;
@@ -34,11 +37,11 @@ void quantize(long T, long n, const E* x, const float* columns, int8_t* q, float
       Vec v = load(row + i, m);
       if (columns) v = _mm512_mul_ps(v, load(columns + i, m));
       const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(v, inverse));  // to nearest even
-      const __m128i bytes = _mm512_cvtsepi32_epi8(whole);
+      const __m128i bytes = _mm_xor_si128(_mm512_cvtsepi32_epi8(whole), shift);
       if (m == 0xffff)
-        _mm_storeu_si128((__m128i*)(q + t * n + i), bytes);
+        _mm_storeu_si128((__m128i*)(q + t * stride + i), bytes);
       else
-        _mm_mask_storeu_epi8(q + t * n + i, m, bytes);
+        _mm_mask_storeu_epi8(q + t * stride + i, m, bytes);
     }
   }
 }
@@ -159,12 +162,12 @@ void lk_int8_multiply(long type, long T, long quads, long n, const uint8_t* x, c
     multiply(T, quads, n, x, panels, start, rows, columns, add, (bf16*)y);
 }
 
-void lk_quantize(long type, long T, long n, const void* x, const float* columns, int8_t* q,
-                 float* scale) {
+void lk_quantize(long type, long T, long n, long stride, const void* x, const float* columns, long offset,
+                 int8_t* q, float* scale) {
   if (type == 0)
-    quantize(T, n, (const float*)x, columns, q, scale);
+    quantize(T, n, stride, (const float*)x, columns, offset, q, scale);
   else
-    quantize(T, n, (const bf16*)x, columns, q, scale);
+    quantize(T, n, stride, (const bf16*)x, columns, offset, q, scale);
 }
 
 void lk_dequantize(long type, long T, long n, const int32_t* sums, const float* rows,

@@ -5,6 +5,8 @@
 // Legend: T tokens, n columns of the wide operand, R rows of all factors F_1, F_2, ... [r_i, n] laid
 // one on the other. Wide operands are bfloat16 and contiguous.
 
+#include <omp.h>
+
 #include <algorithm>
 #include <vector>
 
@@ -106,6 +108,7 @@ void narrow(long T, long n, const bf16* x, Mask mask, Factors f, bf16* y, long s
       for (long i = 0; i < kTokens; ++i) {  // missing rows repeat the last and are not written
         const long own = t + std::min(i, count - 1);
         rows[i] = in_place ? x + own * n : &copy[i * width];
+        for (long c = 0; c < n; c += 32) _mm_prefetch(x + (own + kTokens) * n + c, _MM_HINT_T0);
         if (!in_place) copy_row(x + own * n, own * n, n, width, mask, &copy[i * width]);
       }
       for (long r = 0; r < R; r += kRows) {
@@ -191,12 +194,15 @@ void widen(long T, long n, const bf16* x, long stride, Factors f, Mask mask, bf1
 
 // Rows from t to t + 2 pairs of x ∘ mask, columns [first, first + width), as pairs along the rows; rows
 // from T on and columns from n on are zero. Rows of x lie `stride` apart; width is a multiple of 16.
+template <long ahead>
 inline void masked_pairs(const bf16* x, long T, long n, long stride, long t, long pairs, long first,
                          long width, const Mask& mask, Pair* out) {
   const auto row = [&](long own, long i) {
     const __mmask16 m = own < T && i < n ? lanes(n - i) : 0;
-    const Vec v = mask.on(own * n + i, load(x + (m ? own * stride + i : 0), m));
-    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v));
+    const bf16* at = x + (m ? own * stride + i : 0);
+    _mm_prefetch(at + ahead * stride, _MM_HINT_T1);
+    if (mask.threshold == 0) return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, at));
+    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(mask.on(own * n + i, load(at, m))));
   };
   for (long p = 0; p < pairs; ++p)
     for (long i = 0; i < width; i += kLanes) {
@@ -205,34 +211,35 @@ inline void masked_pairs(const bf16* x, long T, long n, long stride, long t, lon
     }
 }
 
-constexpr long kColumns = 64;  // of a task: its sums stay in the nearest cache
-constexpr long kBlock = 128;   // tokens that are interleaved at a time
+constexpr long kBlock = 64;  // tokens that are interleaved at a time
 
 // out = scale xᵀ (wide ∘ mask) for x [T, R] with rows `stride` apart and wide [T, n]; element (r, i) at
-// out[r * row_step + i * column_step].
+// out[r * row_step + i * column_step]. A thread takes some columns of all tokens, and walks along the
+// rows, as the processor expects it; an element's sum does not depend on the number of threads.
 void outer(long T, long R, const bf16* x, long stride, long n, const bf16* wide, Mask mask, float scale,
            float* out, long row_step, long column_step) {
-  const long tall = up_to(R, 16);
+  const long tall = up_to(R, 16), share = up_to((n + omp_get_max_threads() - 1) / omp_get_max_threads(), 64);
   std::vector<Pair> left(up_to(T, kBlock) / 2 * tall);
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
     for (long t = 0; t < T; t += kBlock)
-      masked_pairs(x, T, R, stride, t, kBlock / 2, 0, tall, Mask{}, &left[t / 2 * tall]);
-    std::vector<Pair> right(kBlock / 2 * kColumns);
-    std::vector<float> sums(R * kColumns);
-#pragma omp for schedule(dynamic)
-    for (long column = 0; column < n; column += kColumns) {
-      const long own = std::min(kColumns, n - column), width = up_to(own, 16);
-      std::fill(sums.begin(), sums.end(), 0.f);
+      masked_pairs<0>(x, T, R, stride, t, kBlock / 2, 0, tall, Mask{}, &left[t / 2 * tall]);
+#pragma omp for schedule(static)
+    for (long column = 0; column < n; column += share) {
+      const long own = std::min(share, n - column), width = up_to(own, 16);
+      std::vector<Pair> right(kBlock / 2 * width);
+      std::vector<float> sums(R * width);
       for (long t = 0; t < T; t += kBlock) {
         const long pairs = (std::min(kBlock, T - t) + 1) / 2;
-        masked_pairs(wide, T, n, n, t, pairs, column, width, mask, right.data());
-        product(R, width, pairs, &left[t / 2 * tall], 1, tall, right.data(), width, sums.data(), kColumns, true);
+        masked_pairs<kBlock>(wide, T, n, n, t, pairs, column, width, mask, right.data());
+        for (long i = 0; i < width; i += 64)
+          product(R, std::min(64L, width - i), pairs, &left[t / 2 * tall], 1, tall, &right[i], width,
+                  &sums[i], width, true);
       }
       for (long r = 0; r < R; ++r)
         for (long i = 0; i < own; ++i)
-          out[r * row_step + (column + i) * column_step] = scale * sums[r * kColumns + i];
+          out[r * row_step + (column + i) * column_step] = scale * sums[r * width + i];
     }
   }
 }

@@ -157,6 +157,11 @@ class LoraConfig(_Section):
         default_factory=dict, description="alpha per module: name or regular expression = alpha"
     )
     rslora: bool = Field(False, description="rank-stabilised scaling, alpha / sqrt(r)")
+    dora: bool = Field(
+        False,
+        description="train the length of every weight row apart from its direction (DoRA,"
+        " arXiv:2402.09353)",
+    )
     init: Literal["kaiming", "gaussian"] = Field(
         "kaiming", description="how A starts: kaiming as PEFT, or gaussian; B starts at zero"
     )
@@ -191,6 +196,11 @@ class TrainConfig(_Section):
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
     learning_rate: float | None = Field(
         None, gt=0, description="peak learning rate; 2e-4 for lora, 2e-5 for full if not given"
+    )
+    loraplus_lr_ratio: float = Field(
+        1.0,
+        gt=0,
+        description="learning rate of every B over that of A (LoRA+, arXiv:2402.12354, takes 16)",
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="what the learning rate does after warm-up"
@@ -278,6 +288,7 @@ ALIASES = {
     "lora.lora_alpha": "lora.alpha",
     "lora.lora_dropout": "lora.dropout",
     "lora.use_rslora": "lora.rslora",
+    "lora.use_dora": "lora.dora",
     "lora.layers_to_transform": "lora.layers",
     "train.lr": "train.learning_rate",
 }

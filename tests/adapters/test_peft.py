@@ -36,7 +36,7 @@ saves_embedding = pytest.mark.filterwarnings(
     "ignore:Setting `save_embedding_layers` to `True`:UserWarning"
 )
 
-FAMILIES = ["llama", "llama-tied", "qwen2", "opt", "gemma", "gemma3"]
+FAMILIES = ["llama", "llama-tied", "qwen2", "opt", "gemma", "gemma3", "phi"]
 OURS: dict[str, dict[str, Any]] = {
     "all-linear": {},
     "all-linear in blocks": {"layers": [0, 2]},
@@ -51,6 +51,23 @@ OURS: dict[str, dict[str, Any]] = {
     },
     "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
     "head": {"target_modules": ["lm_head", "v_proj"]},
+    "dora": {"dora": True},
+    "dora in parts": {
+        "target_modules": ["q_proj", "v_proj"],
+        "dora": True,
+        "rslora": True,
+        "rank_pattern": {"v_proj": 7},
+    },
+}
+# GPT-2 has other names, and layers that store their weights transposed.
+OURS_GPT2: dict[str, dict[str, Any]] = {
+    "all-linear": {},
+    "all-linear in blocks": {"layers": [0, 2]},
+    "names": {"target_modules": ["c_attn", "c_fc"], "rslora": True},
+    "patterns": {"target_modules": ["c_attn", "c_proj"], "rank_pattern": {"mlp.c_proj": 2}},
+    "expression": {"target_modules": r".*\.1\..*c_(attn|proj)"},
+    "embeddings": {"target_modules": ["c_attn", "wte"]},
+    "dora": {"dora": True},
 }
 
 
@@ -79,10 +96,10 @@ def save_theirs(model: PreTrainedModel, folder: Path, **options: Any) -> torch.n
 
 @unknown_key
 @tied_target
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
 def test_peft_reads_ours(tiny: Tiny, logits: Logits, tmp_path: Path, family: str) -> None:
     plain = logits(tiny(family))
-    for case, options in OURS.items():
+    for case, options in (OURS_GPT2 if family == "gpt2" else OURS).items():
         model = tiny(family)
         folder = tmp_path / case
         save_ours(model, folder, **options)
@@ -117,15 +134,31 @@ THEIRS: dict[str, dict[str, Any]] = {
     "head": {"target_modules": ["lm_head", "v_proj"]},
     "unused entry": {"target_modules": ["q_proj", "query_key_value"]},
     "gaussian": {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
+    "dora": {"target_modules": "all-linear", "use_dora": True},
+    "dora in parts": {
+        "target_modules": ["q_proj", "v_proj"],
+        "use_dora": True,
+        "use_rslora": True,
+        "alpha_pattern": {"v_proj": 3},
+    },
+}
+THEIRS_GPT2: dict[str, dict[str, Any]] = {
+    "all-linear": {"target_modules": "all-linear"},
+    "names": {"target_modules": ["c_attn", "c_fc"], "use_rslora": True},
+    "patterns": {"target_modules": ["c_attn", "c_proj"], "rank_pattern": {"attn.c_proj": 2}},
+    "blocks": {"target_modules": ["c_attn"], "layers_to_transform": [0, 2]},
+    "embeddings": {"target_modules": ["c_attn", "wte"]},
+    "dora": {"target_modules": ["c_attn", "c_proj", "c_fc"], "use_dora": True},
 }
 
 
 @tied_target
 @saves_embedding
 @pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match:RuntimeWarning")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
 def test_we_read_pefts(tiny: Tiny, logits: Logits, tmp_path: Path, family: str) -> None:
-    for case, options in THEIRS.items():
+    for case, options in (THEIRS_GPT2 if family == "gpt2" else THEIRS).items():
         folder = tmp_path / case
         expected = logits(save_theirs(tiny(family), folder, **options))
         model = tiny(family)
@@ -163,7 +196,6 @@ def test_a_changed_base_embedding_is_refused(tiny: Tiny, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"use_dora": True}, "use_dora is True"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         ({"lora_bias": True}, "lora_bias is True"),

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.pytorch_utils import Conv1D
 
 from lorikeet.lora import LoraEmbedding, LoraLayer, LoraLinear
 
@@ -40,6 +41,74 @@ def test_linear_is_its_formula(fan_in: int, fan_out: int, r: int, rows: int, bia
     assert (layer.in_features, layer.out_features, layer.r) == (fan_in, fan_out, r)
     assert layer.weight is base.weight
     assert layer.bias is base.bias
+
+
+def by_hand(layer: LoraLinear, weight: torch.Tensor) -> torch.Tensor:
+    """DoRA's weight [out, in] of W [out, in], equation 5, the norm a constant."""
+    assert layer.magnitude is not None
+    direction = weight.double() + layer.scale * (layer.lora_B @ layer.lora_A).double()
+    norm = torch.stack([row.detach().square().sum().sqrt() for row in direction])
+    return layer.magnitude.double()[:, None] * direction / norm[:, None]
+
+
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(fan_in=sizes, fan_out=sizes, r=sizes, bias=st.booleans(), transposed=st.booleans())
+def test_dora_is_its_formula(
+    fan_in: int, fan_out: int, r: int, bias: bool, transposed: bool
+) -> None:
+    base: nn.Module = nn.Linear(fan_in, fan_out, bias=bias)
+    if transposed:
+        base = Conv1D(fan_out, fan_in)
+        nn.init.normal_(base.bias)
+    layer = LoraLinear(base, r=r, scale=1.7, dora=True)
+    x = torch.randn(3, 2, fan_in)
+    assert_close(layer(x), base(x))  # B is zero, and the magnitude is the norm
+    randomised(layer)
+    with torch.no_grad():
+        layer.magnitude.uniform_(0.5, 2.0)
+    stored = base.weight.t() if transposed else base.weight
+    weight = by_hand(layer, stored)
+    bias_term = 0.0 if layer.bias is None else layer.bias
+    assert_close(layer(x).double(), x.double() @ weight.t() + bias_term, atol=1e-4, rtol=1e-4)
+    assert_close(layer.merged()(x), layer(x), atol=1e-4, rtol=1e-4)
+    assert layer.delta().shape == base.weight.shape
+    own = [layer.lora_A, layer.lora_B, layer.magnitude]
+    seed = torch.randn(3, 2, fan_out)
+    found = torch.autograd.grad(layer(x), own, seed)
+    expected = torch.autograd.grad((x.double() @ by_hand(layer, stored).t()).float(), own, seed)
+    assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_dora_drops_what_both_parts_see() -> None:
+    """In training W and B A get the same dropped input, as in PEFT; the plain output stays."""
+    torch.manual_seed(3)
+    layer = LoraLinear(nn.Linear(6, 5), r=3, scale=0.5, dropout=0.4, dora=True).train()
+    randomised(layer)
+    with torch.no_grad():
+        layer.magnitude.uniform_(0.5, 2.0)
+    x = torch.randn(4, 6)
+    torch.manual_seed(7)
+    y = layer(x)
+    torch.manual_seed(7)
+    dropped = nn.functional.dropout(x, 0.4)
+    weight = layer.base.weight
+    ratio = layer.magnitude / (weight + layer.scale * layer.lora_B @ layer.lora_A).norm(dim=1)
+    update = layer.scale * dropped @ (layer.lora_B @ layer.lora_A).t()
+    expected = layer.base(x) + (ratio - 1) * (dropped @ weight.t()) + ratio * update
+    assert_close(y, expected)
+
+
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(fan_in=sizes, fan_out=sizes, r=sizes)
+def test_a_transposed_layer_is_its_formula(fan_in: int, fan_out: int, r: int) -> None:
+    base = Conv1D(fan_out, fan_in)
+    layer = randomised(LoraLinear(base, r=r, scale=1.7))
+    x = torch.randn(2, 3, fan_in)
+    assert_close(layer(x), base(x) + 1.7 * (x @ layer.lora_A.T @ layer.lora_B.T))
+    assert_close(layer.merged()(x), layer(x), atol=1e-4, rtol=1e-4)
+    assert type(layer.merged()) is Conv1D
+    assert layer.delta().shape == base.weight.shape
+    assert (layer.in_features, layer.out_features, layer.r) == (fan_in, fan_out, r)
 
 
 @settings(deadline=None, max_examples=25, derandomize=True)

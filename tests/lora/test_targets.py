@@ -146,12 +146,15 @@ def test_a_broken_regular_expression_is_a_finding(llama: Build, field: str) -> N
 def test_other_classes_are_refused_by_name(llama: Build) -> None:
     message = problems(llama(), target_modules=["input_layernorm"])
     assert "model.layers.0.input_layernorm (and 1 more) is of class LlamaRMSNorm" in message
+
+
+def test_gpt2s_transposed_layers_are_linear_layers() -> None:
     with torch.device("meta"):
         gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1))
-    assert "transformer.h.0.attn.c_attn is of class Conv1D" in problems(
-        gpt2, target_modules=["c_attn"]
-    )
-    assert names(gpt2, target_modules=["wte"]) == ["transformer.wte"]
+    block = "transformer.h.0."
+    linear = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    assert names(gpt2) == [block + name for name in linear]
+    assert names(gpt2, target_modules=["c_attn", "wte"]) == ["transformer.wte", block + linear[0]]
 
 
 def test_a_subclass_with_its_own_forward_is_refused() -> None:

@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -63,6 +65,35 @@ def test_vectors_do_not_decay() -> None:
     optimizer.step(0.1)
     assert_close(held["matrix"], start["matrix"] * (1 - 0.1 * 0.5))
     assert torch.equal(held["vector"], start["vector"])
+
+
+def test_loraplus_is_pefts() -> None:
+    """B learns so many times as fast as A: beside PEFT's optimizer on the same layer."""
+
+    def layer() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).requires_grad_(False)
+
+    config = peft.LoraConfig(target_modules=["0", "1"], r=2, init_lora_weights=False)
+    theirs = peft.get_peft_model(layer(), config)
+    reference = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1
+    )
+    factors = {n: p for n, p in theirs.named_parameters() if "lora_" in n}
+    ours = {
+        name.replace(".default.weight", ""): nn.Parameter(p.detach().clone())
+        for name, p in factors.items()
+    }
+    optimizer = Optimizer(ours, weight_decay=0.1, max_grad_norm=0.0, loraplus_lr_ratio=16.0)
+    for step in range(5):
+        optimizer.backward(bowl(ours, step))
+        optimizer.step(1e-2)
+        bowl(factors, step).backward()
+        reference.step()
+        reference.zero_grad()
+    assert any(name.endswith("lora_B") for name in ours)
+    for mine, other in zip(ours.values(), factors.values(), strict=True):
+        assert_close(mine, other)
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(0.0, 5.0), (2.5, 2.5), (100.0, 5.0)])

@@ -1,8 +1,22 @@
-"""Adapters on disk, in PEFT's folder format."""
+"""Adapters: on disk in PEFT's folder format, by themselves, and in a model."""
 
 from __future__ import annotations
 
+from lorikeet.adapters.adapter import Adapter, Update
+from lorikeet.adapters.exchange import read_adapter, write_adapter
 from lorikeet.adapters.folder import load_adapter, save_adapter
 from lorikeet.adapters.schema import AdapterInfo, read_adapter_config
+from lorikeet.adapters.spectrum import Spectrum, spectrum
 
-__all__ = ["AdapterInfo", "load_adapter", "read_adapter_config", "save_adapter"]
+__all__ = [
+    "Adapter",
+    "AdapterInfo",
+    "Spectrum",
+    "Update",
+    "load_adapter",
+    "read_adapter",
+    "read_adapter_config",
+    "save_adapter",
+    "spectrum",
+    "write_adapter",
+]

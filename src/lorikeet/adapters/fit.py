@@ -7,27 +7,24 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from lorikeet.adapters.names import PREFIX, Part, tensor_name
 from lorikeet.lora import Target
 
-_PREFIX = "base_model.model."
 _SHOWN = 8  # names per kind of finding; the rest is counted
 
 
-def tensor_names(name: str, *, embedding: bool) -> tuple[str, str]:
-    """The names of A and B in the file for the module `name`, as PEFT writes them."""
-    if embedding:
-        return f"{_PREFIX}{name}.lora_embedding_A", f"{_PREFIX}{name}.lora_embedding_B"
-    return f"{_PREFIX}{name}.lora_A.weight", f"{_PREFIX}{name}.lora_B.weight"
-
-
 def misfits(
-    model: nn.Module, targets: Sequence[Target], tensors: Mapping[str, torch.Tensor]
+    model: nn.Module,
+    targets: Sequence[Target],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    dora: bool = False,
 ) -> list[str]:
     """Describe every way in which `tensors` differ from what `targets` need; empty if none.
 
     Copies of the base model's own weights are allowed in the file if they are equal to them.
     """
-    expected = _expected_shapes(model, targets)
+    expected = _expected_shapes(model, targets, dora)
     shared = [key for key in expected if key in tensors]
     others = [key for key in tensors if key not in expected]
     own = _own_weights(model)
@@ -54,14 +51,19 @@ def listing(what: str, names: Sequence[str]) -> str:
     return f"{what} ({len(names)}): {', '.join(names[:_SHOWN])}{more}"
 
 
-def _expected_shapes(model: nn.Module, targets: Sequence[Target]) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(
+    model: nn.Module, targets: Sequence[Target], dora: bool
+) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for target in targets:
         weight = model.get_parameter(f"{target.name}.weight")
+        fan_in, fan_out = weight.shape[::-1] if target.kind == "linear" else weight.shape
+        own: dict[Part, tuple[int, ...]] = {"A": (target.r, fan_in), "B": (fan_out, target.r)}
+        if dora:
+            own["magnitude"] = (fan_out,)
         embedding = target.kind == "embedding"
-        fan_in, fan_out = weight.shape if embedding else weight.shape[::-1]
-        name_a, name_b = tensor_names(target.name, embedding=embedding)
-        shapes[name_a], shapes[name_b] = (target.r, fan_in), (fan_out, target.r)
+        for part, shape in own.items():
+            shapes[tensor_name(target.name, part, embedding=embedding)] = shape
     return shapes
 
 
@@ -70,8 +72,8 @@ def _own_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         module, _, leaf = name.rpartition(".")
-        weights[f"{_PREFIX}{name}"] = parameter.detach()
-        weights[f"{_PREFIX}{module}.base_layer.{leaf}"] = parameter.detach()
+        weights[f"{PREFIX}{name}"] = parameter.detach()
+        weights[f"{PREFIX}{module}.base_layer.{leaf}"] = parameter.detach()
     return weights
 
 

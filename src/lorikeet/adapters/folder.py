@@ -11,13 +11,16 @@ from safetensors.torch import save
 from torch import nn
 
 from lorikeet.adapters.files import TENSORS_FILE, read_tensors
-from lorikeet.adapters.fit import listing, misfits, tensor_names
+from lorikeet.adapters.fit import listing, misfits
+from lorikeet.adapters.names import Part, tensor_name
 from lorikeet.adapters.schema import CONFIG_FILE, AdapterInfo, read_adapter_config, to_peft
 from lorikeet.config import LoraConfig
 from lorikeet.errors import AdapterError
 from lorikeet.files import atomic_folder
 from lorikeet.lora import (
     LoraEmbedding,
+    LoraLayer,
+    LoraLinear,
     attach,
     inventory,
     lora_layers,
@@ -62,7 +65,9 @@ def save_adapter(
     """
     tensors = _adapter_tensors(model)
     portable = _portable(model, config)
-    described = to_peft(portable, base_model=base_model, provenance=provenance)
+    described = to_peft(
+        portable, base_model=base_model, provenance=provenance, conv1d=_conv1d(model)
+    )
     text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
     with atomic_folder(folder) as draft:
         (draft / CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -85,27 +90,28 @@ def load_adapter(model: nn.Module, folder: Path) -> AdapterInfo:
     info = read_adapter_config(folder)
     tensors = read_tensors(folder)
     match = match_targets(model, info.config)
-    problems = list(match.broken) or misfits(model, match.targets, tensors)
+    dora = info.config.dora
+    problems = list(match.broken) or misfits(model, match.targets, tensors, dora=dora)
+    if info.conv1d and not any(target.kind == "conv1d" for target in match.targets):
+        problems.append("fan_in_fan_out is True, but no target stores its weight transposed")
     if problems:
         raise AdapterError(
             f"the adapter in {folder} does not fit the model, which has {inventory(model)}:",
             # An unused entry alone is harmless (PEFT keeps such); beside a misfit it explains.
             [*problems, *match.unused],
         )
-    layers = attach(model, match.targets, dropout=info.config.dropout)
-    with torch.no_grad():
-        for target in match.targets:
-            key_A, key_B = tensor_names(target.name, embedding=target.kind == "embedding")
-            layers[target.name].lora_A.copy_(tensors[key_A])
-            layers[target.name].lora_B.copy_(tensors[key_B])
+    for layer_name, layer in attach(
+        model, match.targets, dropout=info.config.dropout, dora=dora
+    ).items():
+        for key, master in _masters(layer_name, layer).items():
+            master.data.copy_(tensors[key])
     return info
 
 
 def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in lora_layers(model).items():
-        keys = tensor_names(name, embedding=isinstance(layer, LoraEmbedding))
-        for key, master in zip(keys, (layer.lora_A, layer.lora_B), strict=True):
+        for key, master in _masters(name, layer).items():
             tensors[key] = master.detach().to("cpu", torch.float32).contiguous()
     if not tensors:
         raise AdapterError("the model carries no adapter to save")
@@ -113,6 +119,25 @@ def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     if bad:
         raise AdapterError("the adapter is not saved:", [listing("not finite", bad)])
     return tensors
+
+
+def _masters(name: str, layer: LoraLayer) -> dict[str, nn.Parameter]:
+    """A layer's masters by their names in the file."""
+    embedding = isinstance(layer, LoraEmbedding)
+    parts: dict[Part, nn.Parameter | None] = {"A": layer.lora_A, "B": layer.lora_B}
+    if isinstance(layer, LoraLinear):
+        parts["magnitude"] = layer.magnitude
+    return {
+        tensor_name(name, part, embedding=embedding): master
+        for part, master in parts.items()
+        if master is not None
+    }
+
+
+def _conv1d(model: nn.Module) -> bool:
+    """Whether the adapted linear layers store their weights transposed."""
+    layers = lora_layers(model).values()
+    return any(isinstance(layer, LoraLinear) and layer.transposed for layer in layers)
 
 
 def _portable(model: nn.Module, config: LoraConfig) -> LoraConfig:

@@ -27,6 +27,7 @@ _OPTIONS: tuple[tuple[str, str, Any], ...] = (
     ("rank_pattern", "rank_pattern", {}),
     ("alpha_pattern", "alpha_pattern", {}),
     ("rslora", "use_rslora", False),
+    ("dora", "use_dora", False),
 )
 
 # Keys that change nothing about a trained adapter. Those of initialisations only tell how A and B
@@ -36,7 +37,7 @@ _INERT = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version"),
     *("revision", "task_type", "megatron_core", "qalora_group_size", "layers_pattern"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
-    *("bias", "init_lora_weights", "lorikeet"),
+    *("bias", "fan_in_fan_out", "init_lora_weights", "lorikeet"),
 }
 
 # Initialisations that leave the base model's weights alone; pissa, olora, corda, loftq ... replace
@@ -52,11 +53,13 @@ class AdapterInfo:
         config: rank, scale and targets.
         base_model: the model it was trained on, a path or a hub id; empty if not said.
         provenance: what Lorikeet wrote about the run; empty for adapters of other tools.
+        conv1d: whether its linear layers are Conv1D, which store their weights transposed.
     """
 
     config: LoraConfig
     base_model: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
+    conv1d: bool = False
 
 
 def read_adapter_config(folder: Path) -> AdapterInfo:
@@ -80,10 +83,13 @@ def read_adapter_config(folder: Path) -> AdapterInfo:
         config=config,
         base_model=str(raw.get("base_model_name_or_path") or ""),
         provenance=provenance if isinstance(provenance, dict) else {},
+        conv1d=raw.get("fan_in_fan_out") is True,
     )
 
 
-def to_peft(config: LoraConfig, *, base_model: str, provenance: dict[str, Any]) -> dict[str, Any]:
+def to_peft(
+    config: LoraConfig, *, base_model: str, provenance: dict[str, Any], conv1d: bool = False
+) -> dict[str, Any]:
     """The content of `adapter_config.json` for an adapter whose targets need no resolving.
 
     PEFT 0.21 reads the key `lorikeet` with a warning that it ignores it; no other tool says more.
@@ -101,8 +107,9 @@ def to_peft(config: LoraConfig, *, base_model: str, provenance: dict[str, Any]) 
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": {key: _plain(alpha) for key, alpha in config.alpha_pattern.items()},
         "use_rslora": config.rslora,
+        "use_dora": config.dora,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": conv1d,
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": None,

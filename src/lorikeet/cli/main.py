@@ -21,6 +21,11 @@ VERBS = {
     "preview": "show what will be trained on, tokens coloured by mask",
     "plan": "parameters, memory and time before anything runs",
     "generate": "answer prompts",
+    "adapter inspect": "what an adapter does to which modules, and how it was made",
+    "adapter combine": "sum, subtract, scale or merge adapters into one",
+    "adapter normalize": "rewrite an adapter as plain LoRA that every runtime scales alike",
+    "adapter merge": "write a model with an adapter folded into its weights",
+    "adapter push": "upload an adapter to the Hugging Face hub",
 }
 
 
@@ -65,14 +70,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] == "--version":
         print(_version())
         return 0
-    if argv[0] not in VERBS:
-        print(f"error: {_unknown(argv[0], list(VERBS))}\n\n{_overview()}", file=sys.stderr)
+    words = 2 if any(name.startswith(f"{argv[0]} ") for name in VERBS) else 1
+    name = " ".join(argv[:words])
+    if words == 2 and argv[1:2] in ([], ["-h"], ["--help"]):
+        print(_overview(f"{argv[0]} "))
+        return 0 if argv[1:] else 2
+    if name not in VERBS:
+        print(f"error: {_unknown(name, list(VERBS))}\n\n{_overview()}", file=sys.stderr)
         return 2
-    return _run(argv[0], argv[1:])
+    return _run(name, argv[words:])
 
 
 def _run(name: str, argv: Sequence[str]) -> int:
-    verb: Verb = import_module(f"lorikeet.cli.{name}")
+    verb: Verb = import_module(f"lorikeet.cli.{name.replace(' ', '_')}")
     parser = Parser(prog=f"lorikeet {name}", description=VERBS[name], allow_abbrev=False)
     verb.add_arguments(parser)
     args = parser.parse_strictly(argv)
@@ -92,9 +102,11 @@ def _run(name: str, argv: Sequence[str]) -> int:
         return 0
 
 
-def _overview() -> str:
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {name:{width}}  {text}" for name, text in VERBS.items())
+def _overview(start: str = "") -> str:
+    """The verbs whose names start so."""
+    shown = {name: text for name, text in VERBS.items() if name.startswith(start)}
+    width = max(map(len, shown))
+    verbs = "\n".join(f"  {name:{width}}  {text}" for name, text in shown.items())
     return (
         "usage: lorikeet VERB [OPTIONS]\n\n"
         "LoRA fine-tuning of small language models, with numbers to be trusted.\n\n"

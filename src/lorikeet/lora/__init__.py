@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from lorikeet.lora.inject import (
     attach,
+    carries_dora,
     disabled,
     inject,
+    layers_around,
     lora_layers,
     lora_parameters,
     remove,
     require_plain,
+    wrap,
 )
 from lorikeet.lora.layer import LoraEmbedding, LoraLayer, LoraLinear
 from lorikeet.lora.report import ParameterReport, parameter_report
-from lorikeet.lora.targets import Match, Target, find_targets, inventory, match_targets
+from lorikeet.lora.targets import (
+    Match,
+    Target,
+    find_targets,
+    inventory,
+    match_targets,
+    scaled_rank,
+)
 
 __all__ = [
     "LoraEmbedding",
@@ -23,14 +33,18 @@ __all__ = [
     "ParameterReport",
     "Target",
     "attach",
+    "carries_dora",
     "disabled",
     "find_targets",
     "inject",
     "inventory",
+    "layers_around",
     "lora_layers",
     "lora_parameters",
     "match_targets",
     "parameter_report",
     "remove",
     "require_plain",
+    "scaled_rank",
+    "wrap",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -26,29 +26,57 @@ def inject(model: nn.Module, config: LoraConfig, *, seed: int) -> list[Target]:
     """
     require_plain(model)
     targets = find_targets(model, config)
-    layers = attach(model, targets, dropout=config.dropout)
+    layers = attach(model, targets, dropout=config.dropout, dora=config.dora)
     for name, layer in layers.items():
         layer.reset(layer_generator(seed, name), config.init)
     return targets
 
 
-def attach(model: nn.Module, targets: Sequence[Target], *, dropout: float) -> dict[str, LoraLayer]:
-    """Freeze `model` and wrap `targets`, with A and B zero; return the new layers by name."""
+def attach(
+    model: nn.Module, targets: Sequence[Target], *, dropout: float, dora: bool = False
+) -> dict[str, LoraLayer]:
+    """Freeze `model` and wrap `targets`, with A and B zero; return the new layers by name.
+
+    Raises:
+        AdapterError: the model carries adapters already, or DoRA is to adapt an embedding.
+    """
     require_plain(model)
     model.requires_grad_(False)
+    layers = layers_around(model, targets, dropout=dropout, dora=dora)
+    wrap(model, layers)
+    return layers
+
+
+def layers_around(
+    model: nn.Module, targets: Sequence[Target], *, dropout: float, dora: bool = False
+) -> dict[str, LoraLayer]:
+    """New layers around the targets, by name, A and B zero; the model does not use them yet.
+
+    Raises:
+        AdapterError: DoRA is to adapt an embedding.
+    """
+    embeddings = [target.name for target in targets if target.kind == "embedding"]
+    if dora and embeddings:
+        raise AdapterError(
+            f"DoRA adapts linear layers only, and {', '.join(embeddings)} is an embedding; leave"
+            " it out of the targets or turn lora.dora off"
+        )
     layers: dict[str, LoraLayer] = {}
     for target in targets:
         base = model.get_submodule(target.name)
-        layer: LoraLayer
         if isinstance(base, nn.Embedding):
-            layer = LoraEmbedding(base, r=target.r, scale=target.scale)
-        elif isinstance(base, nn.Linear):
-            layer = LoraLinear(base, r=target.r, scale=target.scale, dropout=dropout)
+            layers[target.name] = LoraEmbedding(base, r=target.r, scale=target.scale)
         else:
-            raise TypeError(f"{target.name} is a {type(base).__name__}")
-        _replace(model, target.name, layer)
-        layers[target.name] = layer
+            layers[target.name] = LoraLinear(
+                base, r=target.r, scale=target.scale, dropout=dropout, dora=dora
+            )
     return layers
+
+
+def wrap(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
+    """Put layers in the places of the modules that they wrap."""
+    for name, layer in layers.items():
+        _replace(model, name, layer)
 
 
 def layer_generator(seed: int, name: str) -> torch.Generator:
@@ -67,12 +95,19 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The masters by name: `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r]."""
-    parameters: dict[str, nn.Parameter] = {}
-    for name, layer in lora_layers(model).items():
-        parameters[f"{name}.lora_A"] = layer.lora_A
-        parameters[f"{name}.lora_B"] = layer.lora_B
-    return parameters
+    """The masters by name: `<module>.lora_A` [r, in], `<module>.lora_B` [out, r], and with DoRA
+    `<module>.magnitude` [out]."""
+    return {
+        f"{name}.{own}": parameter
+        for name, layer in lora_layers(model).items()
+        for own, parameter in layer.named_parameters(recurse=False)
+    }
+
+
+def carries_dora(model: nn.Module) -> bool:
+    """Whether an adapted layer has a magnitude (DoRA)."""
+    layers = lora_layers(model).values()
+    return any(isinstance(x, LoraLinear) and x.magnitude is not None for x in layers)
 
 
 def remove(model: nn.Module) -> None:

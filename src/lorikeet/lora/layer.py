@@ -1,7 +1,8 @@
 """LoRA around one frozen layer: y = W x + b + scale · B A drop(x).
 
-Hu et al. 2021 (arXiv:2106.09685), equation 3. A and B are float32 masters; the products run in
-the base's dtype. Nothing here writes the base's weights.
+Hu et al. 2021 (arXiv:2106.09685), equation 3; with a magnitude, DoRA (Liu et al. 2024,
+arXiv:2402.09353). A, B and the magnitude are float32 masters; the products run in the base's dtype.
+Nothing here writes the base's weights.
 """
 
 from __future__ import annotations
@@ -15,26 +16,42 @@ import torch.nn.functional as F
 from torch import nn
 
 Init = Literal["kaiming", "gaussian"]
-_Base = TypeVar("_Base", nn.Linear, nn.Embedding)
+_Base = TypeVar("_Base", bound=nn.Module)
 
 
 @final
 class LoraLinear(nn.Module):
     """A frozen linear layer and its low-rank update.
 
+    With a magnitude m (DoRA, equation 5) the layer's weight is m · V / ‖V‖, row by row of
+    V = W + scale · B A. The norm counts as a constant in the backward pass (section 4.3).
+
     Attributes:
-        base: the wrapped layer, weight [out, in].
+        base: the wrapped layer, weight [out, in]; or a Conv1D, which stores it transposed.
         lora_A: float32 [r, in].
         lora_B: float32 [out, r].
+        magnitude: float32 [out], ‖W‖ by row at first; None without DoRA.
         scale: what B A is multiplied by.
         dropout: probability that an entry of the adapter's input is dropped in training.
         enabled: False makes the layer answer as its base alone does.
     """
 
-    def __init__(self, base: nn.Linear, *, r: int, scale: float, dropout: float = 0.0) -> None:
+    magnitude: nn.Parameter | None
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        r: int,
+        scale: float,
+        dropout: float = 0.0,
+        dora: bool = False,
+    ) -> None:
         super().__init__()
         self.base = base
-        self.lora_A, self.lora_B = _masters(base.weight, r, base.in_features, base.out_features)
+        self.transposed = not isinstance(base, nn.Linear)
+        self.lora_A, self.lora_B = _masters(self.weight, r, self.in_features, self.out_features)
+        self.magnitude = nn.Parameter(_row_norms(self._matrix)) if dora else None
         self.scale = scale
         self.dropout = dropout
         self.enabled = True
@@ -47,33 +64,60 @@ class LoraLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The base's weight [out, in]."""
-        return self.base.weight
+        """The base's weight, as it stores it."""
+        weight: torch.Tensor = self.base.weight  # type: ignore[assignment]
+        return weight
 
     @property
     def bias(self) -> torch.Tensor | None:
         """The base's bias [out], if it has one."""
-        return self.base.bias
+        bias: torch.Tensor | None = self.base.bias  # type: ignore[assignment]
+        return bias
 
     @property
     def in_features(self) -> int:
         """Width of the input."""
-        return self.base.in_features
+        return self._matrix.shape[1]
 
     @property
     def out_features(self) -> int:
         """Width of the output."""
-        return self.base.out_features
+        return self._matrix.shape[0]
+
+    @property
+    def _matrix(self) -> torch.Tensor:
+        """W [out, in]."""
+        return self.weight.t() if self.transposed else self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out]."""
-        y = self.base(x)
+        y: torch.Tensor = self.base(x)
         if not self.enabled:
             return y
-        dtype = self.base.weight.dtype
+        dtype = self.weight.dtype
         A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
-        h = F.linear(F.dropout(x, self.dropout, self.training), A)
-        return torch.add(y, F.linear(h, B), alpha=self.scale)
+        dropped = F.dropout(x, self.dropout, self.training)
+        update = F.linear(F.linear(dropped, A), B)
+        if self.magnitude is None:
+            return torch.add(y, update, alpha=self.scale)
+        if self.dropout and self.training:  # the direction sees the same dropped input throughout
+            plain = F.linear(dropped, self._matrix)
+        else:
+            plain = y if self.bias is None else y - self.bias
+        ratio = (self.magnitude / self._norms()).to(dtype)
+        return y + (ratio - 1) * plain + ratio * self.scale * update
+
+    @torch.no_grad()
+    def _norms(self) -> torch.Tensor:
+        """‖W + scale · B A‖ by row, float32 [out], without forming the product.
+
+        ‖w + s b A‖² = ‖w‖² + 2 s b · (A w) + s² b (A Aᵀ) bᵀ for a row w of W and b of B.
+        """
+        A, B = self.lora_A, self.lora_B
+        cross = F.linear(self._matrix, A.to(self.weight.dtype)).to(A.dtype)
+        squares = _row_norms(self._matrix).square() + 2 * self.scale * (B * cross).sum(1)
+        squares += self.scale**2 * (B @ (A @ A.t()) * B).sum(1)
+        return squares.clamp_min(0).sqrt()
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator, init: Init = "kaiming") -> None:
@@ -86,17 +130,23 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def delta(self) -> torch.Tensor:
-        """scale · B A, float32 [out, in]: what the adapter adds to the weight."""
-        return self.scale * (self.lora_B @ self.lora_A)
+        """What the adapter adds to the stored weight, float32; with DoRA the whole difference."""
+        delta = self.scale * (self.lora_B @ self.lora_A)
+        if self.magnitude is not None:
+            total = self._matrix.to(delta.dtype) + delta
+            total *= (self.magnitude / total.norm(dim=1))[:, None]
+            delta = total - self._matrix.to(delta.dtype)
+        return delta.t() if self.transposed else delta
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear:
+    def merged(self) -> nn.Module:
         """A new layer with weight W + delta, summed in float32 and rounded once to W's dtype."""
-        return _with_weight(self.base, _rounded_sum(self.base.weight, self.delta()))
+        return _with_weight(self.base, _rounded_sum(self.weight, self.delta()))
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the adapter."""
-        return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout:g}"
+        dora = "" if self.magnitude is None else ", dora"
+        return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout:g}{dora}"
 
 
 @final
@@ -196,6 +246,12 @@ def _masters(weight: torch.Tensor, r: int, fan_in: int, fan_out: int) -> list[nn
     """A [r, fan_in] and B [fan_out, r], both zero, beside `weight`."""
     shapes = ((r, fan_in), (fan_out, r))
     return [nn.Parameter(torch.zeros(s, dtype=torch.float32, device=weight.device)) for s in shapes]
+
+
+def _row_norms(matrix: torch.Tensor) -> torch.Tensor:
+    """‖w‖ of every row, summed in float32."""
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    return torch.linalg.vector_norm(matrix.detach(), dim=1, dtype=wide).float()
 
 
 def _reset(layer: LoraLayer, generator: torch.Generator, init: Init) -> None:

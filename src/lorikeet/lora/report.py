@@ -37,7 +37,7 @@ def parameter_report(model: nn.Module) -> ParameterReport:
     by_target: dict[str, int] = {}
     for name, layer in lora_layers(model).items():
         leaf = leaf_name(name)
-        size = layer.lora_A.numel() + layer.lora_B.numel()
+        size = sum(master.numel() for master in layer.parameters(recurse=False))
         by_target[leaf] = by_target.get(leaf, 0) + size
     return ParameterReport(
         base=sum(p.numel() for p in unique if id(p) not in adapters),

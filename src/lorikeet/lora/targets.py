@@ -15,7 +15,7 @@ from lorikeet.config import LoraConfig
 from lorikeet.errors import AdapterError
 from lorikeet.lora.layer import LoraEmbedding, LoraLinear
 
-Kind = Literal["linear", "embedding"]
+Kind = Literal["linear", "conv1d", "embedding"]
 
 # The first numbered segment is the block: `model.layers.3.mlp.experts.0` is in block 3 (as PEFT).
 _BLOCK = re.compile(r".*?\.[^.]*\.(?P<block>\d+)\.")
@@ -71,7 +71,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
 
     Raises:
         AdapterError: an entry matches nothing, a regular expression is broken, or a matched
-            module is neither an `nn.Linear` nor an `nn.Embedding`; lists every such finding.
+            module is none of `nn.Linear`, `Conv1D` and `nn.Embedding`; lists every such finding.
     """
     match = match_targets(model, config)
     if match.broken or match.unused:
@@ -135,7 +135,7 @@ def _selected(
         if config.exclude_modules and _matches(config.exclude_modules, name):
             continue
         if config.target_modules == "all-linear":
-            found = isinstance(module, nn.Linear) and module is not head
+            found = (isinstance(module, nn.Linear) or _is_conv1d(module)) and module is not head
         else:
             found = _matches(config.target_modules, name)
         exact = isinstance(config.target_modules, list) and name in config.target_modules
@@ -176,17 +176,29 @@ def layer_kind(module: nn.Module) -> Kind | None:
     forward = type(module).forward
     if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
         return "linear"
+    if _is_conv1d(module):
+        return "conv1d"
     scaled = getattr(module, "embed_scale", None) is not None
     if isinstance(module, nn.Embedding) and (forward is nn.Embedding.forward or scaled):
         return "embedding"
     return None
 
 
-def _target(name: str, kind: Kind, config: LoraConfig) -> Target:
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer, which transformers keeps under this name; its weight is [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def scaled_rank(config: LoraConfig, name: str) -> tuple[int, float, float]:
+    """Rank, alpha and scale that a configuration gives the module of this full name."""
     r = next((v for k, v in config.rank_pattern.items() if _key_matches(k, name)), config.r)
     alphas = (v for k, v in config.alpha_pattern.items() if _key_matches(k, name))
     alpha = next(alphas, config.alpha)
-    return Target(name, kind, r, alpha, alpha / math.sqrt(r) if config.rslora else alpha / r)
+    return r, alpha, alpha / math.sqrt(r) if config.rslora else alpha / r
+
+
+def _target(name: str, kind: Kind, config: LoraConfig) -> Target:
+    return Target(name, kind, *scaled_rank(config, name))
 
 
 def _unreadable_patterns(config: LoraConfig) -> Iterator[str]:
@@ -265,7 +277,7 @@ def _class_problems(unsupported: dict[str, nn.Module]) -> Iterator[str]:
         others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         yield (
             f"target_modules: {names[0]}{others} is of class {cls};"
-            " only Linear and Embedding can be adapted"
+            " only Linear, Conv1D and Embedding can be adapted"
         )
 
 
@@ -277,7 +289,7 @@ def _suggestion(entry: str, names: Iterable[str]) -> str:
 
 def inventory(model: nn.Module) -> str:
     """The leaf names that can be adapted: `q_proj, k_proj linear; embed_tokens embedding`."""
-    leaves: dict[Kind, dict[str, None]] = {"linear": {}, "embedding": {}}
+    leaves: dict[Kind, dict[str, None]] = {"linear": {}, "conv1d": {}, "embedding": {}}
     for name, module in base_modules(model):
         kind = layer_kind(module)
         if kind is not None:

@@ -22,8 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from lorikeet import kernels
 from lorikeet.data.batch import Batch
 from lorikeet.kernels import Dropout, Int8Weight, Normal, Projection, quantize_weight
-from lorikeet.lora import LoraLinear
+from lorikeet.lora import LoraLinear, carries_dora
 from lorikeet.model.attention import Documents, attend
+from lorikeet.model.loss import token_nll
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Architectures (transformers' names) whose blocks `_block` describes."""
@@ -46,7 +47,12 @@ class FastNll:
     rounded: Mapping[Tensor, Int8Weight] = field(default_factory=dict, repr=False)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Nats of each supervised token, [S]; see `lorikeet.model.token_nll`."""
+        """Nats of each supervised token, [S]; see `lorikeet.model.token_nll`.
+
+        A model that carries DoRA takes its own forward pass: no kernel scales rows.
+        """
+        if carries_dora(model):
+            return token_nll(model, batch)
         return _token_nll(model, batch, self)
 
 

@@ -26,6 +26,8 @@ class Optimizer:
         weight_decay: decoupled decay of matrices; vectors (norms, biases) never decay.
         max_grad_norm: clip the global gradient norm to this; 0 for none.
         loss_scaling: scale losses dynamically, for fp16 activations.
+        loraplus_lr_ratio: learning rate of every B over that of all else (LoRA+: Hayou et al. 2024,
+            arXiv:2402.12354, equation 5).
     """
 
     def __init__(
@@ -35,17 +37,19 @@ class Optimizer:
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
         loss_scaling: bool = False,
+        loraplus_lr_ratio: float = 1.0,
     ) -> None:
         self.parameters = dict(parameters)
         self.masters = {name: _master(p) for name, p in self.parameters.items()}
         self.max_grad_norm = max_grad_norm
-        matrices = [m for m in self.masters.values() if m.dim() > 1]
-        vectors = [m for m in self.masters.values() if m.dim() <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        self._adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, fused=True)
+        groups: dict[tuple[bool, float], dict[str, Any]] = {}
+        for name, master in self.masters.items():
+            matrix = master.dim() > 1
+            ratio = loraplus_lr_ratio if name.endswith(".lora_B") else 1.0
+            group = {"params": [], "weight_decay": weight_decay if matrix else 0.0, "ratio": ratio}
+            groups.setdefault((not matrix, ratio), group)["params"].append(master)
+        ordered = [groups[key] for key in sorted(groups)]
+        self._adamw = torch.optim.AdamW(ordered, lr=0.0, fused=True)
         device = next(iter(self.masters.values())).device.type
         self._scaler = torch.amp.GradScaler(device, enabled=loss_scaling)
         self.moved: set[str] = set()
@@ -82,7 +86,7 @@ class Optimizer:
         if self.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.max_grad_norm, norm)
         for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["ratio"]
         self._scaler.step(self._adamw)
         self._scaler.update()
         self._adamw.zero_grad(set_to_none=True)

@@ -14,6 +14,7 @@ from lorikeet.config import TrainConfig
 from lorikeet.data.batch import Batch, Epochs, micro_batches, pack
 from lorikeet.data.example import Example
 from lorikeet.errors import ConfigError
+from lorikeet.lora import carries_dora
 from lorikeet.model import (
     FastNll,
     Fit,
@@ -92,6 +93,8 @@ def set_up(
         ConfigError: training does not fit into `max_memory`, or int8 cannot be had here.
     """
     keep_freed_memory()
+    if carries_dora(model):
+        nll = token_nll  # what the fast path would take for it anyway
     loss = _in_int8(model, nll) if config.int8 else nll
     fit = None
     if config.max_memory is not None:
@@ -112,6 +115,7 @@ def set_up(
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         loss_scaling=next(model.parameters()).dtype == torch.float16,
+        loraplus_lr_ratio=config.loraplus_lr_ratio,
     )
     random.seed(config.seed)
     torch.manual_seed(config.seed)

@@ -1,0 +1,170 @@
+"""Adapters from PEFT folders and into them, without a model."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from lorikeet.adapters.adapter import Adapter, Kind, Update
+from lorikeet.adapters.files import TENSORS_FILE, read_tensors
+from lorikeet.adapters.fit import listing
+from lorikeet.adapters.names import PREFIX, Part, place, tensor_name
+from lorikeet.adapters.schema import CONFIG_FILE, AdapterInfo, read_adapter_config, to_peft
+from lorikeet.config import LoraConfig
+from lorikeet.errors import AdapterError
+from lorikeet.files import atomic_folder
+from lorikeet.lora import scaled_rank
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read an adapter folder: every tensor in its place, or nothing at all.
+
+    Which modules are adapted is what the tensors say; whether a model has those modules is for
+    `load_adapter` and `merge` to find out.
+
+    Raises:
+        AdapterError: the folder cannot be read, or its tensors are not those of the adapter that
+            its configuration describes; lists every finding.
+    """
+    info = read_adapter_config(folder)
+    tensors = read_tensors(folder)
+    problems = list(_problems(info, tensors))
+    if problems:
+        raise AdapterError(f"the adapter in {folder} is not what it says it is:", problems)
+    updates: dict[str, Update] = {}
+    linear: Kind = "conv1d" if info.conv1d else "linear"
+    for module, (embedding, parts) in _by_module(tensors).items():
+        kind: Kind = "embedding" if embedding else linear
+        floats = {part: tensor.float() for part, tensor in parts.items()}
+        scale = scaled_rank(info.config, module)[2]
+        updates[module] = Update(floats["A"], floats["B"], scale, kind, floats.get("magnitude"))
+    return Adapter(
+        updates,
+        base_model=info.base_model,
+        provenance=info.provenance,
+        dropout=info.config.dropout,
+        copies={_parameter(key): t for key, t in tensors.items() if place(key) is None},
+    )
+
+
+def write_adapter(adapter: Adapter, folder: Path) -> None:
+    """Write an adapter to a folder in PEFT's format, replacing what is there in one rename.
+
+    Modules are listed by their full names, so that every reader finds the same ones in any model.
+
+    Raises:
+        AdapterError: there is nothing to write, or values that are not finite.
+        StorageError: the disk refused a write; what was in `folder` is untouched.
+    """
+    if not adapter.updates:
+        raise AdapterError("the adapter updates no module; there is nothing to write")
+    updates = {module: _portable(update) for module, update in adapter.updates.items()}
+    tensors: dict[str, Tensor] = {}
+    for module, update in updates.items():
+        parts: dict[Part, Tensor | None] = {
+            "A": update.A,
+            "B": update.B,
+            "magnitude": update.magnitude,
+        }
+        for part, tensor in parts.items():
+            if tensor is not None:
+                name = tensor_name(module, part, embedding=update.kind == "embedding")
+                tensors[name] = tensor.float().contiguous()
+    bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise AdapterError("the adapter is not written:", [listing("not finite", bad)])
+    described = to_peft(
+        _described(updates, adapter.dropout),
+        base_model=adapter.base_model,
+        provenance=dict(adapter.provenance),
+        conv1d=any(update.kind == "conv1d" for update in updates.values()),
+    )
+    text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
+    with atomic_folder(folder) as draft:
+        (draft / CONFIG_FILE).write_text(text, encoding="utf-8")
+        (draft / TENSORS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, tuple[bool, dict[Part, Tensor]]]:
+    """Whether a module is an embedding, and its tensors, by module."""
+    found: dict[str, tuple[bool, dict[Part, Tensor]]] = {}
+    for key in sorted(tensors):  # A and B sort before the magnitude, which does not tell
+        where = place(key)
+        if where is not None:
+            parts = found.setdefault(where.module, (where.embedding, {}))[1]
+            parts[where.part] = tensors[key]
+    return found
+
+
+def _problems(info: AdapterInfo, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Every way in which the tensors are not those of the adapter that the file describes."""
+    modules = _by_module(tensors)
+    findings: dict[str, list[str]] = {
+        "missing": [],
+        "unexpected": [key for key in tensors if place(key) is None and not _is_copy(key)],
+        "misshapen": [],
+        "not floating-point": [k for k, t in tensors.items() if not t.is_floating_point()],
+        "not finite": [k for k, t in tensors.items() if not t.isfinite().all()],
+    }
+    wanted: tuple[Part, ...] = ("A", "B", "magnitude") if info.config.dora else ("A", "B")
+    for module, (embedding, parts) in modules.items():
+        names = {part: tensor_name(module, part, embedding=embedding) for part in (*wanted, *parts)}
+        findings["missing"] += [name for part, name in names.items() if part not in parts]
+        findings["unexpected"] += [name for part, name in names.items() if part not in wanted]
+        if "A" in parts and "B" in parts:
+            findings["misshapen"] += _misshapen(info.config, module, parts)
+    if not modules:
+        yield "it holds no tensor of a LoRA"
+    for what, found in findings.items():
+        if found:
+            yield listing(what, found)
+
+
+def _misshapen(config: LoraConfig, module: str, parts: Mapping[Part, Tensor]) -> Iterator[str]:
+    r = scaled_rank(config, module)[0]
+    a, b = parts["A"], parts["B"]
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != r or b.shape[1] != r:
+        shapes = f"{list(a.shape)} and {list(b.shape)}"
+        yield f"A and B of {module} are {shapes}, which is not rank {r}"
+    elif "magnitude" in parts and parts["magnitude"].shape != b.shape[:1]:
+        found = list(parts["magnitude"].shape)
+        yield f"the magnitude of {module} is {found}, needed is {[b.shape[0]]}"
+
+
+def _is_copy(key: str) -> bool:
+    """Whether PEFT may have meant a copy of a base weight, as it writes of adapted embeddings."""
+    return key.startswith(PREFIX) and key.endswith(".weight") and "lora_" not in key
+
+
+def _parameter(key: str) -> str:
+    """The base's name of the parameter that a copy is of."""
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
+
+
+def _portable(update: Update) -> Update:
+    """The same update with a scale that alpha / r gives back, bit for bit."""
+    if update.scale * update.r / update.r == update.scale:
+        return update
+    return replace(update, B=update.B * update.scale, scale=1.0)
+
+
+def _described(updates: Mapping[str, Update], dropout: float) -> LoraConfig:
+    """The configuration whose patterns give every module its rank and alpha."""
+    ranks = {module: update.r for module, update in updates.items()}
+    alphas = {module: update.scale * update.r for module, update in updates.items()}
+    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return LoraConfig(
+        r=int(r),
+        alpha=alpha,
+        dropout=dropout,
+        target_modules=sorted(updates),
+        rank_pattern={module: own for module, own in ranks.items() if own != r},
+        alpha_pattern={module: own for module, own in alphas.items() if own != alpha},
+        dora=any(update.magnitude is not None for update in updates.values()),
+    )

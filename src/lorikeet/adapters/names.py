@@ -1,0 +1,49 @@
+"""The names that an adapter's tensors have in PEFT's files."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+PREFIX = "base_model.model."
+
+Part = Literal["A", "B", "magnitude"]
+
+
+class Place(NamedTuple):
+    """Where a tensor belongs.
+
+    Attributes:
+        module: full name of the adapted module.
+        part: which of the adapter's tensors it is.
+        embedding: whether the module is one; a magnitude does not tell, and says no.
+    """
+
+    module: str
+    part: Part
+    embedding: bool
+
+
+_SUFFIXES: dict[str, tuple[Part, bool]] = {
+    ".lora_A.weight": ("A", False),
+    ".lora_B.weight": ("B", False),
+    ".lora_embedding_A": ("A", True),
+    ".lora_embedding_B": ("B", True),
+    ".lora_magnitude_vector": ("magnitude", False),
+}
+
+
+def tensor_name(module: str, part: Part, *, embedding: bool) -> str:
+    """The name of a tensor in the file."""
+    wanted = (part, embedding and part != "magnitude")
+    suffix = next(suffix for suffix, found in _SUFFIXES.items() if found == wanted)
+    return f"{PREFIX}{module}{suffix}"
+
+
+def place(key: str) -> Place | None:
+    """Where the tensor of this name belongs; None if it is none of an adapter's."""
+    if not key.startswith(PREFIX):
+        return None
+    for suffix, (part, embedding) in _SUFFIXES.items():
+        if key.endswith(suffix):
+            return Place(key[len(PREFIX) : -len(suffix)], part, embedding)
+    return None

@@ -23,9 +23,10 @@ import lorikeet.evaluate
 from lorikeet import adapters, console, data, train
 from lorikeet.config import DataConfig, LoraConfig, TrainConfig
 from lorikeet.data import Example, Message, Prepared, Renderer
+from lorikeet.errors import AdapterError
 from lorikeet.evaluate import Score, paired_difference
 from lorikeet.lora import inject, parameter_report
-from lorikeet.model import Base, load_model
+from lorikeet.model import Base, load_model, tokenizer_fingerprint
 
 __all__ = [
     "DataConfig",
@@ -136,15 +137,37 @@ def save_adapter(base: Base, folder: str | Path, config: LoraConfig) -> None:
         Path(folder),
         config=config,
         base_model=base.path,
-        provenance={"base_fingerprint": base.fingerprint},
+        provenance=_identity(base),
         tokenizer=base.tokenizer,
     )
 
 
-def load_adapter(base: Base, folder: str | Path) -> adapters.AdapterInfo:
+def load_adapter(
+    base: Base, folder: str | Path, *, allow_mismatch: bool = False
+) -> adapters.AdapterInfo:
     """Put a saved adapter into the model: every tensor in its place, or an error.
+
+    Args:
+        base: the model; it must be the one that the adapter was trained on, as far as the adapter
+            says, and so must its tokenizer.
+        folder: the adapter.
+        allow_mismatch: only warn of another base or tokenizer.
 
     Raises:
         AdapterError: the folder cannot be read or does not fit; lists every problem.
     """
+    info = adapters.read_adapter_config(Path(folder))
+    differences = adapters.mismatches(info.provenance, **_identity(base))
+    if differences and not allow_mismatch:
+        raise AdapterError(f"the adapter in {folder} does not belong to this model:", differences)
+    for difference in differences:
+        console.warn(f"the adapter in {folder}: {difference}")
     return adapters.load_adapter(base.model, Path(folder))
+
+
+def _identity(base: Base) -> dict[str, str]:
+    """What an adapter's provenance says of the model that it belongs to."""
+    return {
+        "base_fingerprint": base.fingerprint,
+        "tokenizer_hash": tokenizer_fingerprint(base.tokenizer),
+    }

@@ -21,11 +21,12 @@ from lorikeet.lora import (
     LoraEmbedding,
     LoraLayer,
     LoraLinear,
-    attach,
     inventory,
+    layers_around,
     lora_layers,
     match_targets,
     require_plain,
+    wrap,
 )
 
 
@@ -86,6 +87,18 @@ def load_adapter(model: nn.Module, folder: Path) -> AdapterInfo:
         AdapterError: the folder cannot be read, or the adapter does not fit: tensors that are
             missing, left over, misshapen or not finite, all listed; the model is unchanged.
     """
+    info, layers = read_layers(model, folder)
+    model.requires_grad_(False)
+    wrap(model, layers)
+    return info
+
+
+def read_layers(model: nn.Module, folder: Path) -> tuple[AdapterInfo, dict[str, LoraLayer]]:
+    """The adapter of `folder` as layers around the model's modules, which it does not use yet.
+
+    Raises:
+        AdapterError: as `load_adapter`.
+    """
     require_plain(model)
     info = read_adapter_config(folder)
     tensors = read_tensors(folder)
@@ -100,12 +113,11 @@ def load_adapter(model: nn.Module, folder: Path) -> AdapterInfo:
             # An unused entry alone is harmless (PEFT keeps such); beside a misfit it explains.
             [*problems, *match.unused],
         )
-    for layer_name, layer in attach(
-        model, match.targets, dropout=info.config.dropout, dora=dora
-    ).items():
-        for key, master in _masters(layer_name, layer).items():
+    layers = layers_around(model, match.targets, dropout=info.config.dropout, dora=dora)
+    for name, layer in layers.items():
+        for key, master in _masters(name, layer).items():
             master.data.copy_(tensors[key])
-    return info
+    return info, layers
 
 
 def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

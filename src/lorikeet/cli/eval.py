@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from lorikeet import console
-from lorikeet.cli.options import add_json, add_options, read_config
+from lorikeet.cli.options import add_adapter, add_json, add_options, read_config
 
 if TYPE_CHECKING:
     from lorikeet.cli.subject import Subject
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.add_argument("--adapter", metavar="DIR", help="adapter folder, or a run folder with one")
+    add_adapter(parser)
     parser.add_argument(
         "--split",
         choices=["all", "train", "validation"],
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from lorikeet.evaluate import evaluate, paired_difference
     from lorikeet.lora import disabled
 
-    subject = load_subject(config, adapter_folder(args.adapter))
+    subject = load_subject(config, adapter_folder(args.adapter), allow_mismatch=args.allow_mismatch)
     prepared = _prepare(subject, config, args.split)
     examples = prepared.validation if args.split == "validation" else prepared.train
     base = subject.base

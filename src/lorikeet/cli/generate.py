@@ -7,13 +7,13 @@ import json
 import sys
 
 from lorikeet import console
-from lorikeet.cli.options import add_json, add_options, read_config
+from lorikeet.cli.options import add_adapter, add_json, add_options, read_config
 from lorikeet.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.add_argument("--adapter", metavar="DIR", help="adapter folder, or a run folder with one")
+    add_adapter(parser)
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="a prompt (may be repeated); - for stdin"
     )
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from lorikeet.cli.subject import adapter_folder, load_subject
     from lorikeet.evaluate import answer
 
-    subject = load_subject(config, adapter_folder(args.adapter))
+    subject = load_subject(config, adapter_folder(args.adapter), allow_mismatch=args.allow_mismatch)
     ids = [
         subject.renderer.prompt(text if args.raw else [{"role": "user", "content": text}])
         for text in prompts

@@ -60,3 +60,13 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add `--json`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    """Add `--adapter` and `--allow-mismatch`."""
+    parser.add_argument("--adapter", metavar="DIR", help="adapter folder, or a run folder with one")
+    parser.add_argument(
+        "--allow-mismatch",
+        action="store_true",
+        help="only warn if the adapter was trained with another base, tokenizer or template",
+    )

@@ -6,13 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorikeet import console
-from lorikeet.adapters import AdapterInfo, load_adapter, read_adapter_config
+from lorikeet.adapters import (
+    AdapterInfo,
+    load_adapter,
+    logit_shift,
+    mismatches,
+    read_adapter_config,
+)
 from lorikeet.config import RunConfig
-from lorikeet.data import Prepared, Renderer
+from lorikeet.data import Message, Prepared, Renderer
 from lorikeet.errors import AdapterError
 from lorikeet.evaluate import Sample, answer
 from lorikeet.lora import disabled
-from lorikeet.model import Base, load_model
+from lorikeet.model import Base, load_model, tokenizer_fingerprint
 from lorikeet.study.samples import questions
 
 
@@ -25,14 +31,22 @@ class Subject:
     adapter: AdapterInfo | None
 
 
-def load_subject(config: RunConfig, adapter: Path | None) -> Subject:
-    """Load what `--model` and `--adapter` name.
+def load_subject(
+    config: RunConfig, adapter: Path | None, *, allow_mismatch: bool = False
+) -> Subject:
+    """Load what `--model` and `--adapter` name, and say how far the adapter moves the logits.
 
     The base defaults to the one that the adapter names, the template to the one it was trained
-    with. A base with other weights, or another template, is said.
+    with.
+
+    Args:
+        config: the options.
+        adapter: its folder, or None.
+        allow_mismatch: only warn of another base, tokenizer or template than it was trained with.
 
     Raises:
-        InputError: model or adapter cannot be loaded.
+        InputError: model or adapter cannot be loaded, do not belong together, or the adapter
+            changes nothing.
     """
     info = read_adapter_config(adapter) if adapter else None
     path = config.model.path or (info.base_model if info else "")
@@ -56,8 +70,10 @@ def load_subject(config: RunConfig, adapter: Path | None) -> Subject:
         supervise=config.data.supervise,
     )
     if info and adapter:
-        _warn_of_mismatch(info, base, renderer)
+        _check_match(info, base, renderer, allow=allow_mismatch)
         load_adapter(base.model, adapter)
+        shift = logit_shift(base.model, renderer.prompt(_GREETING))
+        console.note(f"the adapter is applied: {shift}")
     return Subject(base, renderer, info)
 
 
@@ -67,19 +83,25 @@ def _trained_template(info: AdapterInfo) -> str:
     return name if name in ("chat", "instruction-response", "alpaca") else "auto"
 
 
-def _warn_of_mismatch(info: AdapterInfo, base: Base, renderer: Renderer) -> None:
-    trained_on = info.provenance.get("base_fingerprint")
-    if trained_on and trained_on != base.fingerprint:
-        console.warn(
-            f"the adapter was trained on other weights (fingerprint {trained_on[:12]}) than those"
-            f" in {base.path} ({base.fingerprint[:12]})"
+_GREETING: list[Message] = [{"role": "user", "content": "Hello! Who are you?"}]
+
+
+def _check_match(info: AdapterInfo, base: Base, renderer: Renderer, *, allow: bool) -> None:
+    found = {
+        "base_fingerprint": base.fingerprint,
+        "tokenizer_hash": tokenizer_fingerprint(base.tokenizer),
+    }
+    if info.provenance.get("template") != "none":
+        found["template_hash"] = renderer.template_hash
+    differences = mismatches(info.provenance, **found)
+    if differences and not allow:
+        raise AdapterError(
+            "the adapter does not belong to what it is to run with (--allow-mismatch makes this a"
+            " warning):",
+            differences,
         )
-    template = info.provenance.get("template_hash")
-    if info.provenance.get("template") != "none" and template not in (None, renderer.template_hash):
-        console.warn(
-            f"the adapter was trained with the template {info.provenance.get('template')!r}; now"
-            f" prompts are rendered with {renderer.template_name!r}"
-        )
+    for difference in differences:
+        console.warn(f"the adapter: {difference}")
 
 
 def answer_side_by_side(subject: Subject, prepared: Prepared, *, n: int) -> list[Sample]:

@@ -7,7 +7,7 @@ from lorikeet.model.agreement import TokenNll
 from lorikeet.model.base import Base, empty_model, init_model, load_model, load_tokenizer
 from lorikeet.model.budget import Fit, fit_memory, measure
 from lorikeet.model.fast import FastNll, int8_weights
-from lorikeet.model.fingerprint import fingerprint
+from lorikeet.model.fingerprint import fingerprint, tokenizer_fingerprint
 from lorikeet.model.loss import token_nll
 from lorikeet.model.machine import (
     Machine,
@@ -38,4 +38,5 @@ __all__ = [
     "measure",
     "peak_memory",
     "token_nll",
+    "tokenizer_fingerprint",
 ]

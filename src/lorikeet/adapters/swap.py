@@ -1,0 +1,107 @@
+"""Any number of adapters beside one base model, one of them in use."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from lorikeet.adapters.folder import read_layers
+from lorikeet.adapters.schema import AdapterInfo
+from lorikeet.errors import AdapterError
+from lorikeet.lora import LoraLayer, remove, require_plain, wrap
+
+_NAME = re.compile(r"\w[\w.-]*")
+
+
+class AdapterSet:
+    """Named adapters of one model, which is loaded once.
+
+    `use` changes which modules the model calls and nothing else: no weight is written, copied or
+    added to. Trained values live in the layers of their adapter until they are saved.
+
+    Args:
+        model: a base without adapters; it stays one until `use`. Its parameters get frozen.
+
+    Raises:
+        AdapterError: the model carries an adapter already.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        require_plain(model)
+        self._model = model.requires_grad_(False)
+        self._layers: dict[str, dict[str, LoraLayer]] = {}
+        self._active: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters, in the order in which they came."""
+        return list(self._layers)
+
+    @property
+    def active(self) -> str | None:
+        """The adapter in use; None for the base alone."""
+        return self._active
+
+    def load(self, name: str, folder: Path) -> AdapterInfo:
+        """Read an adapter folder; the adapter in use stays in use.
+
+        Raises:
+            AdapterError: the name is taken or not one, or the adapter cannot be read or does not
+                fit; nothing is loaded then.
+        """
+        if not _NAME.fullmatch(name):
+            raise AdapterError(
+                f"an adapter cannot be called {name!r}: expected letters, digits, dots, dashes and"
+                " underscores, the first of them no dot and no dash"
+            )
+        if name in self._layers:
+            raise AdapterError(f"there is an adapter {name!r} already; drop it first")
+        with self.using(None):
+            info, layers = read_layers(self._model, folder)
+        for layer in layers.values():
+            layer.requires_grad_(False)
+        self._layers[name] = layers
+        return info
+
+    def drop(self, name: str) -> None:
+        """Forget an adapter; if it was in use, the base alone is."""
+        self._require(name)
+        if self._active == name:
+            self.use(None)
+        del self._layers[name]
+
+    def use(self, name: str | None) -> None:
+        """Make the model answer with this adapter, or as the base alone.
+
+        Raises:
+            AdapterError: there is no adapter of this name; the one in use stays.
+        """
+        if name is not None:
+            self._require(name)
+        if name == self._active:
+            return
+        remove(self._model)
+        if name is not None:
+            for layer in self._layers[name].values():
+                layer.train(self._model.training)
+            wrap(self._model, self._layers[name])
+        self._active = name
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """Within the block the model answers with this adapter; afterwards as before."""
+        before = self._active
+        self.use(name)
+        try:
+            yield
+        finally:
+            self.use(before)
+
+    def _require(self, name: str) -> None:
+        if name not in self._layers:
+            known = ", ".join(self._layers) or "none"
+            raise AdapterError(f"there is no adapter {name!r}; loaded: {known}")

@@ -30,7 +30,7 @@ def test_an_unknown_verb_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main([verb, "--help"])
+        main([*verb.split(), "--help"])
     assert stop.value.code == 0
     assert VERBS[verb] in capsys.readouterr().out
 

@@ -15,8 +15,8 @@ from torch import nn
 from lorikeet.config import RunConfig
 from lorikeet.data import Example, prepare
 from lorikeet.kernels.loss import CHUNK_BYTES
-from lorikeet.lora import ParameterReport, inject, parameter_report
-from lorikeet.model import FastNll, TokenNll, choose, empty_model, load_tokenizer
+from lorikeet.lora import ParameterReport, carries_dora, inject, parameter_report
+from lorikeet.model import FastNll, TokenNll, choose, empty_model, load_tokenizer, token_nll
 from lorikeet.model.agreement import choose_nll
 from lorikeet.model.budget import measure, saved_by_block
 from lorikeet.model.footprint import block_model, saved_bytes_per_token, seconds_per_block
@@ -104,6 +104,8 @@ def plan(config: RunConfig) -> Plan:
     block = block_model(model, dtype=machine.dtype, device=machine.device)
     nll, _ = choose_nll(block, asked=config.model.fast, packing=True)
     _make_trainable(block, config)
+    if carries_dora(block):
+        nll = token_nll
     memory = _memory(
         parameters,
         config,

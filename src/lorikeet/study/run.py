@@ -15,7 +15,7 @@ from lorikeet.errors import ConfigError
 from lorikeet.evaluate import Score, evaluate
 from lorikeet.evaluate.samples import Sample, answer
 from lorikeet.files import atomic_folder
-from lorikeet.lora import ParameterReport, inject, parameter_report
+from lorikeet.lora import ParameterReport, carries_dora, inject, parameter_report
 from lorikeet.model import Base, load_model
 from lorikeet.study.folder import RunFolder
 from lorikeet.study.progress import StepProgress
@@ -244,6 +244,7 @@ def _announcement(
         f" {torch.get_num_threads()} threads\n"
         f"data      {rows}: {train:,} examples to train on, {held_out:,} held out\n"
         f"training  {setup.total_steps} steps of {setup.steps.order.batch_size} examples, {layout};"
-        f" {base.path_taken}{', int8' * config.train.int8}"
+        f" {'generic path: no kernel for DoRA' if carries_dora(base.model) else base.path_taken}"
+        f"{', int8' * config.train.int8}"
         + (f"\nmemory    {setup.fit}" if setup.fit else "")
     )

@@ -101,6 +101,15 @@ def test_base_weights_of_another_shape_are_all_named() -> None:
     assert len(error.value.problems) == 2
     assert "[7, 9], but the adapter fits [9, 7]" in error.value.problems[0]
 
+    def nothing(name: str) -> torch.Tensor:
+        raise AdapterError(f"no tensor {name}")
+
+    many = Adapter({f"model.layers.{i}.q_proj": with_values([2.0]) for i in range(20)})
+    with pytest.raises(AdapterError) as error:
+        examine(many, nothing)
+    assert len(error.value.problems) == 9
+    assert error.value.problems[-1] == "and 12 more"
+
 
 def test_no_update_at_all() -> None:
     with pytest.raises(AdapterError, match="updates no module"):

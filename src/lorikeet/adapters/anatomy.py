@@ -21,6 +21,8 @@ from lorikeet.lora.targets import block_number, leaf_name
 LOW_RANK = 0.25
 """An effective rank below this share of r is a finding."""
 
+_SHOWN = 8  # base weights that do not fit; the rest is counted
+
 
 @dataclass(frozen=True, slots=True)
 class ModuleAnatomy:
@@ -231,22 +233,32 @@ def examine(adapter: Adapter, weights: Callable[[str], Tensor] | None = None) ->
         weights: gives the base weight of a module, as it is stored, by the module's full name.
 
     Raises:
-        AdapterError: the adapter updates nothing, or a base weight has another shape.
+        AdapterError: the adapter updates nothing, or base weights are missing or of other shapes.
     """
     if not adapter.updates:
         raise AdapterError("the adapter updates no module; there is nothing to examine")
     modules: list[ModuleAnatomy] = []
     misfits: list[str] = []
     for name, update in adapter.updates.items():
-        weight = weights(name) if weights else None
-        if weight is not None and tuple(weight.shape) != update.shape:
-            found = f"the weight is {list(weight.shape)}"
-            misfits.append(f"{name}: {found}, but the adapter fits {list(update.shape)}")
-        modules.append(_examined(name, update, weight))
+        try:
+            weight = _fitting(weights(name), name, update) if weights else None
+        except AdapterError as error:
+            misfits.append(str(error))
+        else:
+            modules.append(_examined(name, update, weight))
     if misfits:
-        raise AdapterError("the adapter does not fit these base weights:", misfits)
+        more = [f"and {len(misfits) - _SHOWN} more"] if len(misfits) > _SHOWN else []
+        heading = "the adapter does not fit these base weights:"
+        raise AdapterError(heading, misfits[:_SHOWN] + more)
     modules.sort(key=lambda m: (m.layer is None, m.layer or 0, m.name))
     return Anatomy(tuple(modules), copies=len(adapter.copies))
+
+
+def _fitting(weight: Tensor, name: str, update: Update) -> Tensor:
+    if tuple(weight.shape) != update.shape:
+        found = f"the weight is {list(weight.shape)}"
+        raise AdapterError(f"{name}: {found}, but the adapter fits {list(update.shape)}")
+    return weight
 
 
 def _examined(name: str, update: Update, weight: Tensor | None) -> ModuleAnatomy:

@@ -21,6 +21,7 @@ from typing import Any
 
 import lorikeet.evaluate
 from lorikeet import adapters, console, data, train
+from lorikeet.adapters import hub
 from lorikeet.config import DataConfig, LoraConfig, TrainConfig
 from lorikeet.data import Example, Message, Prepared, Renderer
 from lorikeet.errors import AdapterError
@@ -41,6 +42,7 @@ __all__ = [
     "load_model",
     "paired_difference",
     "parameter_report",
+    "push_to_hub",
     "save_adapter",
 ]
 
@@ -163,6 +165,27 @@ def load_adapter(
     for difference in differences:
         console.warn(f"the adapter in {folder}: {difference}")
     return adapters.load_adapter(base.model, Path(folder))
+
+
+def push_to_hub(
+    folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None
+) -> str:
+    """Upload an adapter folder to the Hugging Face hub.
+
+    Args:
+        folder: the adapter; it is checked before anything is sent.
+        repo_id: `owner/name`; the repository is made where there is none.
+        private: make a new repository private.
+        token: a hub token with write access; that of `hf auth login` or HF_TOKEN if not given.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        AdapterError: the adapter is broken, or the hub cannot be reached or refuses.
+        ConfigError: `repo_id` cannot be a name on the hub.
+    """
+    return hub.push_to_hub(Path(folder), repo_id, private=private, token=token)
 
 
 def _identity(base: Base) -> dict[str, str]:

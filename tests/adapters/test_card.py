@@ -91,7 +91,7 @@ def test_settings_and_figures_are_the_runs_own() -> None:
         "- steps: 1,200",
         "- learning rate (peak): 0.0002",
         "- batch size (examples per step): 8",
-        "- data: 400 rows",
+        "- trained on: 400 rows",
         f"- data sha256: `{'d' * 64}`",
         "- seed: `7`",
         # The error of a perplexity is 4.4817 * 0.02 and 2.7183 * 0.01.

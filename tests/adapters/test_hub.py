@@ -17,6 +17,7 @@ import huggingface_hub
 import pytest
 import torch
 
+from lorikeet import api
 from lorikeet.adapters import Adapter, Update, read_adapter, write_adapter
 from lorikeet.adapters.hub import push_to_hub
 from lorikeet.cli.main import main
@@ -148,7 +149,7 @@ def test_only_the_adapters_own_files_are_sent(hub: Hub, adapter: Path) -> None:
     (adapter / "adapter_model.bin").write_bytes(b"an old pickle")
     (adapter / "sub").mkdir()
     (adapter / "sub" / "tokenizer.json").write_text("{}")
-    push_to_hub(adapter, "someone/mine", private=True)
+    api.push_to_hub(str(adapter), "someone/mine", private=True)
     (sent,) = hub.commits
     assert set(sent) == {
         "README.md",

@@ -30,7 +30,7 @@ class Outcome:
         steps: optimizer steps taken.
         learning_rate: its peak.
         batch_size: examples per optimizer step.
-        rows: rows of the data, those held out included.
+        rows: rows of the data that it was trained on.
         held_out: examples that base and tuned were measured on.
         base: `Score.summary()` of the base model.
         tuned: `Score.summary()` of the base with the adapter, on the same examples.
@@ -127,7 +127,7 @@ def _settings(info: AdapterInfo, outcome: Outcome) -> Iterator[tuple[str, str]]:
         if value is not None:
             yield name, f"{value:g}" if isinstance(value, float) else f"{value:,}"
     if outcome.rows is not None:
-        yield "data", f"{outcome.rows:,} rows"
+        yield "trained on", f"{outcome.rows:,} rows"
     for name, key in (
         ("data sha256", "data_sha256"),
         ("template", "template"),

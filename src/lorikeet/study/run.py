@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from lorikeet import console
-from lorikeet.adapters import save_adapter
+from lorikeet.adapters import read_adapter_config, save_adapter
+from lorikeet.adapters.card import CARD_FILE, Outcome, card
 from lorikeet.config import RunConfig
 from lorikeet.data import Prepared, Renderer, preflight, prepare
 from lorikeet.errors import ConfigError
-from lorikeet.evaluate import Score, evaluate
+from lorikeet.evaluate import Score, evaluate, paired_difference
 from lorikeet.evaluate.samples import Sample, answer
-from lorikeet.files import atomic_folder
+from lorikeet.files import atomic_folder, write_text
 from lorikeet.lora import ParameterReport, carries_dora, inject, parameter_report
 from lorikeet.model import Base, load_model
 from lorikeet.study.folder import RunFolder
@@ -92,6 +93,8 @@ def train_run(config: RunConfig, *, resume: bool = False, label: str = "training
         seconds=sum(line.get("seconds", 0.0) for line in read_metrics(folder.metrics)),
     )
     save_tuned(base, config, folder, provenance(base, prepared, config))
+    if method == "lora":
+        write_card(result, prepared, config)
     write_results(result, base, prepared, config)
     return result
 
@@ -157,6 +160,23 @@ def save_tuned(base: Base, config: RunConfig, folder: RunFolder, made_by: dict[s
     with atomic_folder(folder.model) as draft:
         base.model.save_pretrained(str(draft))  # type: ignore[operator]
         base.tokenizer.save_pretrained(str(draft))
+
+
+def write_card(result: RunResult, prepared: Prepared, config: RunConfig) -> None:
+    """Write the model card into the adapter's folder."""
+    base, tuned = result.base, result.tuned
+    outcome = Outcome(
+        steps=result.state.step,
+        learning_rate=config.train.peak,
+        batch_size=config.train.batch_size,
+        rows=len(prepared.rows_train),
+        held_out=len(prepared.validation),
+        base=base.summary() if base else None,
+        tuned=tuned.summary() if tuned else None,
+        difference=paired_difference(tuned, base).summary() if base and tuned else None,
+    )
+    folder = result.folder.adapter
+    write_text(folder / CARD_FILE, card(read_adapter_config(folder), outcome=outcome))
 
 
 def _train(
@@ -245,6 +265,5 @@ def _announcement(
         f"data      {rows}: {train:,} examples to train on, {held_out:,} held out\n"
         f"training  {setup.total_steps} steps of {setup.steps.order.batch_size} examples, {layout};"
         f" {'generic path: no kernel for DoRA' if carries_dora(base.model) else base.path_taken}"
-        f"{', int8' * config.train.int8}"
-        + (f"\nmemory    {setup.fit}" if setup.fit else "")
+        f"{', int8' * config.train.int8}" + (f"\nmemory    {setup.fit}" if setup.fit else "")
     )

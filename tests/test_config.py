@@ -139,7 +139,7 @@ def test_an_unknown_section() -> None:
         ("lora.alpha", "nan"),
         ("lora.dropout", 1),
         ("lora.dropout", -0.1),
-        ("lora.init", "pissa"),
+        ("lora.init", "olora"),
         ("lora.layers", "5-2"),
         ("lora.layers", "a"),
         ("lora.layers", ""),
@@ -341,3 +341,7 @@ def test_a_size_that_is_none() -> None:
 def test_int8_is_for_frozen_weights() -> None:
     (found,) = problems({"train.int8": "true", "train.method": "full"})
     assert "full fine-tuning has none" in found
+
+
+def test_dora_and_pissa_exclude_each_other() -> None:
+    assert "cannot be combined" in problems({"lora.dora": True, "lora.init": "pissa"})[0]

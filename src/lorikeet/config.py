@@ -162,9 +162,17 @@ class LoraConfig(_Section):
         description="train the length of every weight row apart from its direction (DoRA,"
         " arXiv:2402.09353)",
     )
-    init: Literal["kaiming", "gaussian"] = Field(
-        "kaiming", description="how A starts: kaiming as PEFT, or gaussian; B starts at zero"
+    init: Literal["kaiming", "gaussian", "pissa"] = Field(
+        "kaiming",
+        description="how the factors start: A as kaiming (PEFT's default) or gaussian, B at zero;"
+        " or both as the weight's largest singular triplets (pissa, arXiv:2404.02948)",
     )
+
+    @model_validator(mode="after")
+    def _one_variant(self) -> LoraConfig:
+        if self.dora and self.init == "pissa":
+            raise ValueError("lora.dora and lora.init pissa cannot be combined; choose one")
+        return self
 
 
 class DataConfig(_Section):

@@ -254,3 +254,53 @@ def test_config_has_the_keys_of_peft(tiny: Tiny, tmp_path: Path) -> None:
     )
     with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['lorikeet'\]"):
         peft.PeftConfig.from_pretrained(str(tmp_path / "a"))
+
+
+@unknown_key
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("options", [{}, {"rslora": True, "rank_pattern": {"1.*(q_proj|c_fc)": 2}}])
+def test_pissa_is_pefts_and_leaves_as_plain_lora(
+    tiny: Tiny, logits: Logits, tmp_path: Path, family: str, options: dict[str, Any]
+) -> None:
+    """The same start as PEFT's, the same function of A and B; what is saved runs on the base."""
+    targets = ["c_attn", "c_fc"] if family == "gpt2" else ["q_proj", "down_proj"]
+    config = LoraConfig(r=4, alpha=8, target_modules=targets, init="pissa", **options)
+    model = tiny(family)
+    plain = logits(model)
+    inject(model, config, seed=0)
+    assert_close(logits(model), plain, atol=1e-5, rtol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        described = peft.LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=targets,
+            init_lora_weights="pissa",
+            use_rslora=config.rslora,
+            rank_pattern=config.rank_pattern,
+            task_type="CAUSAL_LM",
+        )
+        theirs = peft.get_peft_model(tiny(family), described).eval()
+    own = {n: p for n, p in theirs.named_parameters() if "lora_" in n}
+    for (name, mine), other in zip(lora_parameters(model).items(), own.values(), strict=True):
+        assert_close(mine, other, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: n + m)
+    for held in (lora_parameters(model), own):  # the same step away from the start
+        generator = torch.Generator().manual_seed(2)
+        for parameter in held.values():
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    expected = logits(theirs)
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    save_adapter(model, tmp_path / "a", config=config, base_model="tiny", provenance={})
+    again = tiny(family)
+    load_adapter(again, tmp_path / "a")
+    assert_close(logits(again), expected, atol=1e-5, rtol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read = peft.PeftModel.from_pretrained(tiny(family), str(tmp_path / "a"))
+    assert_close(logits(read), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_pissa_needs_enough_singular_values(tiny: Tiny) -> None:
+    with pytest.raises(AdapterError, match=r"(?s)fewer singular values.*q_proj \(rank 17 of 16\)"):
+        inject(tiny("llama"), LoraConfig(r=17, target_modules=["q_proj"], init="pissa"), seed=0)

@@ -79,6 +79,33 @@ def test_dora_is_its_formula(
     assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(fan_in=sizes, fan_out=sizes, data=st.data(), transposed=st.booleans())
+def test_pissa_starts_at_the_base_with_its_largest_triplets(
+    fan_in: int, fan_out: int, data: st.DataObject, transposed: bool
+) -> None:
+    r = data.draw(st.integers(1, min(fan_in, fan_out)))
+    base: nn.Module = Conv1D(fan_out, fan_in) if transposed else nn.Linear(fan_in, fan_out)
+    layer = LoraLinear(base, r=r, scale=1.7)
+    layer.reset(torch.Generator(), "pissa")
+    stored = base.weight.t() if transposed else base.weight
+    U, S, V = torch.linalg.svd(stored.double())
+    principal = (U[:, :r] * S[:r] @ V[:r]).float()
+    assert_close(layer.scale * layer.lora_B @ layer.lora_A, principal, atol=1e-5, rtol=1e-4)
+    assert_close(layer.lora_A @ layer.lora_A.T, layer.lora_B.T @ layer.lora_B, atol=1e-4, rtol=1e-4)
+    x = torch.randn(3, fan_in)
+    assert_close(layer(x), base(x), atol=1e-5, rtol=1e-4)
+    randomised(layer)
+    residual = stored - principal
+    update = layer.scale * layer.lora_B @ layer.lora_A
+    assert_close(layer(x), x @ (residual + update).t() + base.bias, atol=1e-4, rtol=1e-4)
+    assert_close(layer.merged()(x), layer(x), atol=1e-4, rtol=1e-4)
+    found = torch.autograd.grad(layer(x).square().sum(), [layer.lora_A, layer.lora_B])
+    total = x @ (residual.detach() + layer.scale * layer.lora_B @ layer.lora_A).t() + base.bias
+    expected = torch.autograd.grad(total.square().sum(), [layer.lora_A, layer.lora_B])
+    assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
 def test_dora_drops_what_both_parts_see() -> None:
     """In training W and B A get the same dropped input, as in PEFT; the plain output stays."""
     torch.manual_seed(3)

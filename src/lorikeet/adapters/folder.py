@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,6 +50,8 @@ def save_adapter(
     """Write the model's adapter to `folder`, replacing what is there in one rename.
 
     The tensors are float32 whatever the compute type; the base model's weights are never written.
+    An adapter that began with PiSSA is written as plain LoRA of twice the rank, which is right on
+    the base as it is; PEFT calls this a conversion.
     "all-linear", which readers resolve in their own ways, becomes the list of names it stood for.
 
     Args:
@@ -116,7 +119,7 @@ def read_layers(model: nn.Module, folder: Path) -> tuple[AdapterInfo, dict[str, 
     layers = layers_around(model, match.targets, dropout=info.config.dropout, dora=dora)
     for name, layer in layers.items():
         for key, master in _masters(name, layer).items():
-            master.data.copy_(tensors[key])
+            master.detach().copy_(tensors[key])
     return info, layers
 
 
@@ -133,10 +136,10 @@ def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _masters(name: str, layer: LoraLayer) -> dict[str, nn.Parameter]:
-    """A layer's masters by their names in the file."""
+def _masters(name: str, layer: LoraLayer) -> dict[str, torch.Tensor]:
+    """What a layer's update is made of, by the names in the file."""
     embedding = isinstance(layer, LoraEmbedding)
-    parts: dict[Part, nn.Parameter | None] = {"A": layer.lora_A, "B": layer.lora_B}
+    parts: dict[Part, torch.Tensor | None] = dict(zip(("A", "B"), layer.factors, strict=True))
     if isinstance(layer, LoraLinear):
         parts["magnitude"] = layer.magnitude
     return {
@@ -158,7 +161,9 @@ def _portable(model: nn.Module, config: LoraConfig) -> LoraConfig:
     PEFT knows neither "all-linear" beside `layers` nor a regular expression beside them, so both
     become names: the last parts if these say the same, else full names.
     """
-    carried = {name: (layer.r, layer.scale) for name, layer in lora_layers(model).items()}
+    layers = lora_layers(model).items()
+    carried = {name: (layer.factors[0].shape[0], layer.scale) for name, layer in layers}
+    config = _converted(config) if config.init == "pissa" else config
     candidates = [config]
     targets = config.target_modules
     if isinstance(targets, str) and (targets == "all-linear" or config.layers):
@@ -170,9 +175,26 @@ def _portable(model: nn.Module, config: LoraConfig) -> LoraConfig:
         ]
     for candidate in candidates:
         found = match_targets(model, candidate).targets
-        if {target.name: (target.r, target.scale) for target in found} == carried:
+        described = {target.name: (target.r, target.scale) for target in found}
+        if described.keys() == carried.keys() and all(
+            r == carried[name][0] and math.isclose(scale, carried[name][1])
+            for name, (r, scale) in described.items()
+        ):
             return candidate
     raise AdapterError(
         f"the configuration does not describe the model's {len(carried)} LoRA layers;"
         " give save_adapter what the adapter was injected with"
     )
+
+
+def _converted(config: LoraConfig) -> LoraConfig:
+    """PiSSA's update as plain LoRA on the base as it is: twice the rank, at the same scale."""
+    factor = math.sqrt(2) if config.rslora else 2
+    changes = {
+        "r": 2 * config.r,
+        "alpha": factor * config.alpha,
+        "rank_pattern": {key: 2 * r for key, r in config.rank_pattern.items()},
+        "alpha_pattern": {key: factor * alpha for key, alpha in config.alpha_pattern.items()},
+        "init": "kaiming",
+    }
+    return config.model_copy(update=changes)

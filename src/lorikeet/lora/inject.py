@@ -19,17 +19,28 @@ def inject(model: nn.Module, config: LoraConfig, *, seed: int) -> list[Target]:
     """Freeze `model`, wrap the modules that `config` names and draw fresh adapters.
 
     A fresh adapter changes nothing: B is zero. What A becomes depends on the seed and the
-    module's name alone, not on the other targets, the device, the dtype or the global generators.
+    module's name alone, not on the other targets, the device, the dtype or the global generators;
+    with PiSSA it depends on the weight alone.
 
     Raises:
         AdapterError: the model carries adapters already, or the configuration does not fit it.
     """
     require_plain(model)
     targets = find_targets(model, config)
+    if config.init == "pissa":
+        _require_rank(model, targets)
     layers = attach(model, targets, dropout=config.dropout, dora=config.dora)
     for name, layer in layers.items():
         layer.reset(layer_generator(seed, name), config.init)
     return targets
+
+
+def _require_rank(model: nn.Module, targets: Sequence[Target]) -> None:
+    """PiSSA takes as many singular triplets as the rank says; there must be so many."""
+    sides = {t.name: min(model.get_parameter(f"{t.name}.weight").shape) for t in targets}
+    short = [f"{t.name} (rank {t.r} of {sides[t.name]})" for t in targets if t.r > sides[t.name]]
+    if short:
+        raise AdapterError("PiSSA has fewer singular values than the rank asks for in:", short)
 
 
 def attach(

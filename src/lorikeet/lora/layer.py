@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-Init = Literal["kaiming", "gaussian"]
+Init = Literal["kaiming", "gaussian", "pissa"]
 _Base = TypeVar("_Base", bound=nn.Module)
 
 
@@ -26,17 +26,24 @@ class LoraLinear(nn.Module):
     With a magnitude m (DoRA, equation 5) the layer's weight is m · V / ‖V‖, row by row of
     V = W + scale · B A. The norm counts as a constant in the backward pass (section 4.3).
 
+    PiSSA (Meng et al. 2024, arXiv:2404.02948) trains the largest singular triplets of W, which
+    leave the frozen weight. Here W stays as it is, and what A and B were at the start is
+    subtracted from the update: scale · (B A - B₀ A₀), the same function, and the base stays one.
+
     Attributes:
         base: the wrapped layer, weight [out, in]; or a Conv1D, which stores it transposed.
         lora_A: float32 [r, in].
         lora_B: float32 [out, r].
         magnitude: float32 [out], ‖W‖ by row at first; None without DoRA.
+        start_down, start_up: A₀ and B₀, frozen; None without PiSSA.
         scale: what B A is multiplied by.
         dropout: probability that an entry of the adapter's input is dropped in training.
         enabled: False makes the layer answer as its base alone does.
     """
 
     magnitude: nn.Parameter | None
+    start_down: torch.Tensor | None
+    start_up: torch.Tensor | None
 
     def __init__(
         self,
@@ -52,6 +59,8 @@ class LoraLinear(nn.Module):
         self.transposed = not isinstance(base, nn.Linear)
         self.lora_A, self.lora_B = _masters(self.weight, r, self.in_features, self.out_features)
         self.magnitude = nn.Parameter(_row_norms(self._matrix)) if dora else None
+        self.register_buffer("start_down", None)
+        self.register_buffer("start_up", None)
         self.scale = scale
         self.dropout = dropout
         self.enabled = True
@@ -85,6 +94,15 @@ class LoraLinear(nn.Module):
         return self._matrix.shape[0]
 
     @property
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [R, in] and B [out, R] of the whole update, float32; R is 2 r with PiSSA, else r."""
+        if self.start_down is None or self.start_up is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.start_down]), torch.cat(
+            [self.lora_B, -self.start_up], 1
+        )
+
+    @property
     def _matrix(self) -> torch.Tensor:
         """W [out, in]."""
         return self.weight.t() if self.transposed else self.weight
@@ -95,7 +113,7 @@ class LoraLinear(nn.Module):
         if not self.enabled:
             return y
         dtype = self.weight.dtype
-        A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
+        A, B = (factor.to(dtype) for factor in self.factors)
         dropped = F.dropout(x, self.dropout, self.training)
         update = F.linear(F.linear(dropped, A), B)
         if self.magnitude is None:
@@ -113,7 +131,7 @@ class LoraLinear(nn.Module):
 
         ‖w + s b A‖² = ‖w‖² + 2 s b · (A w) + s² b (A Aᵀ) bᵀ for a row w of W and b of B.
         """
-        A, B = self.lora_A, self.lora_B
+        A, B = self.factors
         cross = F.linear(self._matrix, A.to(self.weight.dtype)).to(A.dtype)
         squares = _row_norms(self._matrix).square() + 2 * self.scale * (B * cross).sum(1)
         squares += self.scale**2 * (B @ (A @ A.t()) * B).sum(1)
@@ -124,14 +142,26 @@ class LoraLinear(nn.Module):
         """Draw A from `generator` (on the CPU, whatever the layer's device) and set B to zero.
 
         "kaiming" is U(-1/sqrt(in), 1/sqrt(in)), nn.Linear's own default and PEFT's; "gaussian" is
-        N(0, 1/r²), as PEFT. On the meta device nothing is drawn.
+        N(0, 1/r²), as PEFT. "pissa" draws nothing: A and B take the r largest singular triplets
+        of W between them (equations 2 and 3). On the meta device nothing is drawn.
         """
-        _reset(self, generator, init)
+        if init != "pissa":
+            _reset(self, generator, init)
+        elif not self.lora_A.is_meta:
+            U, S, V = torch.linalg.svd(self._matrix.float(), full_matrices=False)
+            root = (S[: self.r] / self.scale).sqrt()
+            self.lora_A.copy_(root[:, None] * V[: self.r])
+            self.lora_B.copy_(U[:, : self.r] * root)
+            self.start_down, self.start_up = (
+                self.lora_A.detach().clone(),
+                self.lora_B.detach().clone(),
+            )
 
     @torch.no_grad()
     def delta(self) -> torch.Tensor:
         """What the adapter adds to the stored weight, float32; with DoRA the whole difference."""
-        delta = self.scale * (self.lora_B @ self.lora_A)
+        A, B = self.factors
+        delta = self.scale * (B @ A)
         if self.magnitude is not None:
             total = self._matrix.to(delta.dtype) + delta
             total *= (self.magnitude / total.norm(dim=1))[:, None]
@@ -213,10 +243,15 @@ class LoraEmbedding(nn.Module):
         """Draw A from N(0, 1/r²) with `generator` (on the CPU) and set B to zero.
 
         An embedding multiplies A by a one-hot vector: exactly one column is read, so there is no
-        fan-in for "kaiming" to even out (with the vocabulary as fan-in A would vanish). Both
+        fan-in for "kaiming" to even out (with the vocabulary as fan-in A would vanish). All
         values of `init` therefore draw the Gaussian. On the meta device nothing is drawn.
         """
         _reset(self, generator, "gaussian")
+
+    @property
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B."""
+        return self.lora_A, self.lora_B
 
     @torch.no_grad()
     def delta(self) -> torch.Tensor:

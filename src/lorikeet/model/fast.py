@@ -118,7 +118,8 @@ class _Pass:
         plain = Projection(frozen, module.bias, rounded=self.rounded.get(frozen))
         if not module.enabled:
             return plain
-        return plain._replace(A=module.lora_A, B=module.lora_B, scale=module.scale)
+        A, B = module.factors
+        return plain._replace(A=A, B=B, scale=module.scale)
 
     def dropout(self, modules: Sequence[nn.Module], site: int) -> Dropout | None:
         """The mask at a site, a number of its own for every input that modules share."""

@@ -300,6 +300,8 @@ SUBSETS: dict[str, dict[str, Any]] = {
     "the embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
     "everything": {"target_modules": ".*(_proj|lm_head|embed_tokens)"},
     "nothing in a block": {"target_modules": ["lm_head", "embed_tokens"]},
+    "pissa": {"init": "pissa", "dropout": 0.0},
+    "dora": {"dora": True},
 }
 
 

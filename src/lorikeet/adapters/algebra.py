@@ -115,7 +115,7 @@ def combine(
     problems += _misfits(adapters)
     mismatches = list(_mismatches(adapters))
     if not allow_mismatch:
-        advice = "; allow the mismatch if that is meant"
+        advice = " (--allow-mismatch makes this a warning)"
         problems += [mismatch + advice for mismatch in mismatches]
     if problems:
         raise AdapterError("the adapters cannot be combined:", problems)
@@ -172,8 +172,8 @@ def nearest(update: Update, limit: Limit) -> tuple[Update, float]:
         return Update(A, B, update.scale, update.kind), 0.0
     U, S, V = spectrum(update)
     terms = (update.A.double().norm(dim=1) * update.B.double().norm(dim=0)).sum()
-    S = S.where(S > _ROUNDING * abs(update.scale) * terms, 0.0)
-    return limit.cut(Spectrum(U, S, V), update.kind)
+    floor = _ROUNDING * abs(update.scale) * terms
+    return limit.cut(Spectrum(U, S.where(floor < S, 0.0), V), update.kind)
 
 
 def dense_spectrum(matrix: Tensor) -> Spectrum:

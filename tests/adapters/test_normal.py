@@ -54,7 +54,7 @@ def adapters(draw: st.DrawFn) -> Adapter:
     return Adapter(updates, "some/model", {"template": "chat"}, 0.1)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, derandomize=True)
 @given(adapters())
 def test_every_update_stays_what_it_was(adapter: Adapter) -> None:
     found, errors, _ = normalize(adapter)
@@ -77,7 +77,7 @@ def test_every_update_stays_what_it_was(adapter: Adapter) -> None:
     assert found.provenance["normalized"]["dora"] is False
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=40, derandomize=True)
 @given(adapters(), st.integers(1, 7))
 def test_a_plain_adapter_can_be_cut_too(adapter: Adapter, rank: int) -> None:
     found, errors, _ = normalize(adapter, rank=rank)

@@ -49,7 +49,8 @@ def normalize(
     if problems:
         raise AdapterError("the adapter cannot be made plain LoRA:", problems)
     most = max(update.r for update in adapter.updates.values())
-    for_dora = Limit(2 * most) if limit == Limit() else limit
+    if limit == Limit():
+        limit = Limit(2 * most)  # which cuts nothing of plain LoRA
     updates: dict[str, Update] = {}
     errors: dict[str, float] = {}
     for module, update in adapter.updates.items():
@@ -61,7 +62,7 @@ def normalize(
         except AdapterError as wrong:
             problems.append(f"{module}: {wrong}")
             continue
-        updates[module], errors[module] = for_dora.cut(dense_spectrum(change), update.kind)
+        updates[module], errors[module] = limit.cut(dense_spectrum(change), update.kind)
     if problems:
         raise AdapterError("the base's weights do not fit the adapter:", problems)
     r = max(update.r for update in updates.values())

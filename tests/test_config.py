@@ -48,6 +48,8 @@ def test_the_list_of_options_is_deliberate() -> None:
         "lora.rslora",
         "lora.dora",
         "lora.init",
+        "lora.modules_to_save",
+        "lora.bias",
         "data.path",
         "data.split",
         "data.limit",

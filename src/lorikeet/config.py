@@ -157,15 +157,16 @@ class LoraConfig(_Section):
         default_factory=dict, description="alpha per module: name or regular expression = alpha"
     )
     rslora: bool = Field(False, description="rank-stabilised scaling, alpha / sqrt(r)")
-    dora: bool = Field(
-        False,
-        description="train the length of every weight row apart from its direction (DoRA,"
-        " arXiv:2402.09353)",
-    )
+    dora: bool = Field(False, description="train the weights' lengths apart (arXiv:2402.09353)")
     init: Literal["kaiming", "gaussian", "pissa"] = Field(
         "kaiming",
         description="how the factors start: A as kaiming (PEFT's default) or gaussian, B at zero;"
         " or both as the weight's largest singular triplets (pissa, arXiv:2404.02948)",
+    )
+
+    modules_to_save: Names | None = Field(None, description="modules that are trained whole (a,b)")
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="biases that are trained: none, all, or those of adapted modules"
     )
 
     @model_validator(mode="after")

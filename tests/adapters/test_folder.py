@@ -177,7 +177,7 @@ def test_an_adapter_for_another_model_is_an_error(tiny: Tiny, folder: Path) -> N
         ({"target_modules": None}, "target_modules is missing"),
         ({"r": 0}, "r: Input should be greater than or equal to 1 (found 0)"),
         ({"lora_alpha": -1, "bias": "all"}, "lora_alpha: Input should be greater than 0"),
-        ({"lora_alpha": -1, "bias": "all"}, "bias is 'all'"),
+        ({"bias": "some"}, "bias: Input should be 'none', 'all' or 'lora_only'"),
         ({"peft_type": None}, "peft_type is None"),
     ],
 )

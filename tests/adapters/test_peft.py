@@ -18,7 +18,14 @@ from transformers import PreTrainedModel
 from lorikeet.adapters import load_adapter, save_adapter
 from lorikeet.config import LoraConfig
 from lorikeet.errors import AdapterError
-from lorikeet.lora import inject, lora_layers, lora_parameters
+from lorikeet.lora import (
+    disabled,
+    inject,
+    lora_layers,
+    lora_parameters,
+    remove,
+    whole_parameters,
+)
 
 Tiny = Callable[[str], PreTrainedModel]
 Logits = Callable[[torch.nn.Module], torch.Tensor]
@@ -196,8 +203,6 @@ def test_a_changed_base_embedding_is_refused(tiny: Tiny, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"bias": "all"}, "bias is 'all'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         ({"lora_bias": True}, "lora_bias is True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
@@ -304,3 +309,84 @@ def test_pissa_is_pefts_and_leaves_as_plain_lora(
 def test_pissa_needs_enough_singular_values(tiny: Tiny) -> None:
     with pytest.raises(AdapterError, match=r"(?s)fewer singular values.*q_proj \(rank 17 of 16\)"):
         inject(tiny("llama"), LoraConfig(r=17, target_modules=["q_proj"], init="pissa"), seed=0)
+
+
+WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "head": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "tied head": ("llama-tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "embedding": ("qwen2", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    "tied embedding": ("opt", {"target_modules": ["fc1"], "modules_to_save": ["embed_tokens"]}),
+    "norms": ("gemma", {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}),
+    "a whole block": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["layers.2.mlp"]}),
+    "biases of qwen2": ("qwen2", {"target_modules": ["q_proj", "o_proj"], "bias": "all"}),
+    "biases of opt": ("opt", {"target_modules": ["q_proj"], "bias": "all"}),
+    "biases of gpt2": ("gpt2", {"target_modules": ["c_attn"], "bias": "all"}),
+    "biases of adapted modules": (
+        "phi",
+        {"target_modules": ["q_proj", "fc1"], "bias": "lora_only"},
+    ),
+    "everything": (
+        "phi",
+        {
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["final_layernorm"],
+            "bias": "lora_only",
+        },
+    ),
+}
+quiet = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def every_trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@quiet
+@pytest.mark.parametrize("case", WHOLE)
+def test_what_is_trained_whole_travels(
+    tiny: Tiny, logits: Logits, tmp_path: Path, case: str
+) -> None:
+    """Both ways; and the base comes back when the adapter is off or gone."""
+    family, options = WHOLE[case]
+    model = tiny(family)
+    plain, before = logits(model), {n: p.clone() for n, p in model.named_parameters()}
+    config = LoraConfig(r=4, alpha=8, **options)
+    inject(model, config, seed=0)
+    assert torch.equal(logits(model), plain)
+    assert whole_parameters(model)
+    randomise(every_trained(model))
+    expected = logits(model)
+    save_adapter(model, tmp_path / "ours", config=config, base_model="tiny", provenance={})
+    read = peft.PeftModel.from_pretrained(tiny(family), str(tmp_path / "ours"))
+    assert_close(logits(read), expected, atol=1e-5, rtol=1e-5)
+    again = tiny(family)
+    load_adapter(again, tmp_path / "ours")
+    assert torch.equal(logits(again), expected)
+    for held in (model, again):
+        with disabled(held):
+            assert torch.equal(logits(held), plain)
+        assert torch.equal(logits(held), expected)
+        remove(held)
+        assert torch.equal(logits(held), plain)
+        assert all(torch.equal(p, before[n]) for n, p in held.named_parameters())
+
+    described = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)
+    theirs = peft.get_peft_model(tiny(family), described).eval()
+    randomise(every_trained(theirs))
+    theirs.save_pretrained(str(tmp_path / "theirs"), save_embedding_layers=False)
+    load_adapter(again, tmp_path / "theirs")
+    assert_close(logits(again), logits(theirs), atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_be_trained_whole(tiny: Tiny) -> None:
+    for options, named in (
+        ({"modules_to_save": ["lm_haed"]}, "'lm_haed' matches no module"),
+        ({"modules_to_save": ["q_proj"]}, "takes in model.layers.0.self_attn.q_proj"),
+        ({"modules_to_save": ["layers.1"]}, "takes in model.layers.1.self_attn.q_proj"),
+        ({"bias": "all"}, "no such bias"),
+    ):
+        model = tiny("llama")
+        with pytest.raises(AdapterError) as caught:
+            inject(model, LoraConfig(target_modules=["q_proj"], **options), seed=0)
+        assert named in str(caught.value)
+        assert not lora_layers(model)

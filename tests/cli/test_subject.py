@@ -116,15 +116,39 @@ def test_an_adapter_that_changes_nothing_is_refused(
     assert "changes nothing" in shown
 
 
-def test_a_run_with_dora_and_loraplus(
-    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
+    "dora and lora+": (
+        ("--lora.dora", "--train.loraplus_lr_ratio", "16"),
+        "model.layers.0.self_attn.q_proj.lora_magnitude_vector",
+    ),
+    "pissa": (("--lora.init", "pissa"), "model.layers.0.self_attn.q_proj.lora_A.weight"),
+    "a whole head": (("--lora.modules_to_save", "lm_head"), "lm_head.weight"),
+    "a whole norm": (("--lora.modules_to_save", "norm"), "model.norm.weight"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_of_every_variant(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], variant: str
 ) -> None:
-    out = tmp_path / "dora"
-    argv = ("train", "--model", starter.folder(), "--data", rows, "--out", out, *STEPS)
-    code, shown = run(capsys, *argv, "--lora.dora", "--train.loraplus_lr_ratio", 16)
+    """Trained, stopped in the middle, resumed, evaluated; in bf16 too."""
+    flags, key = VARIANTS[variant]
+    out = tmp_path / "run"
+    argv = ("train", "--model", starter.folder(), "--data", rows, "--out", out, *STEPS, *flags)
+    code, shown = run(capsys, *argv, "--train.save_every", 2, "--model.dtype", "bf16")
     assert code == 0, shown
     saved = load_file(out / "adapter" / "adapter_model.safetensors")
-    assert any(name.endswith("lora_magnitude_vector") for name in saved)
+    assert f"base_model.model.{key}" in saved
+    newest = max((out / "checkpoints").iterdir(), key=lambda path: path.name)
+    shutil.rmtree(newest)
+    shutil.rmtree(out / "adapter")
+    (out / "receipt.json").unlink()
+    code, shown = run(capsys, "train", "--resume", "--out", out)
+    assert code == 0, shown
+    assert "resumed after step 2" in shown
+    again = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert saved.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in saved.items())
     code, shown = run(capsys, "eval", "--adapter", out, "--data", rows)
     assert code == 0, shown
     assert "moves the logits" in shown

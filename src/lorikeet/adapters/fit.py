@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lorikeet.adapters.names import PREFIX, Part, tensor_name
-from lorikeet.lora import Target
+from lorikeet.lora import Target, own_parameters
 
 _SHOWN = 8  # names per kind of finding; the rest is counted
 
@@ -19,12 +19,22 @@ def misfits(
     tensors: Mapping[str, torch.Tensor],
     *,
     dora: bool = False,
+    whole: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Describe every way in which `tensors` differ from what `targets` need; empty if none.
+    """Describe every way in which `tensors` differ from what is needed; empty if none.
 
     Copies of the base model's own weights are allowed in the file if they are equal to them.
+
+    Args:
+        model: the base.
+        targets: the adapted modules.
+        tensors: the file's.
+        dora: whether there are magnitudes.
+        whole: parameters of the base that were trained whole, name in the file by their own.
     """
     expected = _expected_shapes(model, targets, dora)
+    base = dict(own_parameters(model))
+    expected.update({key: tuple(base[name].shape) for name, key in (whole or {}).items()})
     shared = [key for key in expected if key in tensors]
     others = [key for key in tensors if key not in expected]
     own = _own_weights(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from lorikeet.adapters.files import TENSORS_FILE, read_tensors
 from lorikeet.adapters.fit import listing, misfits
-from lorikeet.adapters.names import Part, tensor_name
+from lorikeet.adapters.names import Part, tensor_name, whole_key
 from lorikeet.adapters.schema import CONFIG_FILE, AdapterInfo, read_adapter_config, to_peft
 from lorikeet.config import LoraConfig
 from lorikeet.errors import AdapterError
@@ -26,7 +27,11 @@ from lorikeet.lora import (
     layers_around,
     lora_layers,
     match_targets,
+    put_whole,
     require_plain,
+    trained_copies,
+    whole_names,
+    whole_parameters,
     wrap,
 )
 
@@ -90,14 +95,27 @@ def load_adapter(model: nn.Module, folder: Path) -> AdapterInfo:
         AdapterError: the folder cannot be read, or the adapter does not fit: tensors that are
             missing, left over, misshapen or not finite, all listed; the model is unchanged.
     """
-    info, layers = read_layers(model, folder)
+    info, parts = read_parts(model, folder)
     model.requires_grad_(False)
-    wrap(model, layers)
+    parts.put(model)
     return info
 
 
-def read_layers(model: nn.Module, folder: Path) -> tuple[AdapterInfo, dict[str, LoraLayer]]:
-    """The adapter of `folder` as layers around the model's modules, which it does not use yet.
+@dataclass(frozen=True)
+class Parts:
+    """An adapter for a certain model: layers around its modules, and parameters trained whole."""
+
+    layers: dict[str, LoraLayer]
+    whole: dict[str, nn.Parameter]
+
+    def put(self, model: nn.Module) -> None:
+        """Put them in their places."""
+        put_whole(model, self.whole)
+        wrap(model, self.layers)
+
+
+def read_parts(model: nn.Module, folder: Path) -> tuple[AdapterInfo, Parts]:
+    """The adapter of `folder`, made for the model, which does not use it yet.
 
     Raises:
         AdapterError: as `load_adapter`.
@@ -107,7 +125,10 @@ def read_layers(model: nn.Module, folder: Path) -> tuple[AdapterInfo, dict[str, 
     tensors = read_tensors(folder)
     match = match_targets(model, info.config)
     dora = info.config.dora
-    problems = list(match.broken) or misfits(model, match.targets, tensors, dora=dora)
+    adapted = {target.name for target in match.targets}
+    names = whole_names(model, info.config, adapted)
+    whole = {n: whole_key(n, adapted=n.rpartition(".")[0] in adapted) for n in names}
+    problems = list(match.broken) or misfits(model, match.targets, tensors, dora=dora, whole=whole)
     if info.conv1d and not any(target.kind == "conv1d" for target in match.targets):
         problems.append("fan_in_fan_out is True, but no target stores its weight transposed")
     if problems:
@@ -120,7 +141,10 @@ def read_layers(model: nn.Module, folder: Path) -> tuple[AdapterInfo, dict[str, 
     for name, layer in layers.items():
         for key, master in _masters(name, layer).items():
             master.detach().copy_(tensors[key])
-    return info, layers
+    copies = trained_copies(model, whole)
+    for name, copy in copies.items():
+        copy.detach().copy_(tensors[whole[name]])
+    return info, Parts(layers, copies)
 
 
 def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -128,6 +152,9 @@ def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, layer in lora_layers(model).items():
         for key, master in _masters(name, layer).items():
             tensors[key] = master.detach().to("cpu", torch.float32).contiguous()
+    for name, parameter in whole_parameters(model).items():
+        key = whole_key(name, adapted=name.rpartition(".")[0] in lora_layers(model))
+        tensors[key] = parameter.detach().cpu().contiguous()
     if not tensors:
         raise AdapterError("the model carries no adapter to save")
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]

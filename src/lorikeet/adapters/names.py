@@ -47,3 +47,14 @@ def place(key: str) -> Place | None:
         if key.endswith(suffix):
             return Place(key[len(PREFIX) : -len(suffix)], part, embedding)
     return None
+
+
+def whole_key(parameter: str, *, adapted: bool) -> str:
+    """The name in the file of a parameter of the base; `adapted` says whether its module is."""
+    module, _, leaf = parameter.rpartition(".")
+    return f"{PREFIX}{module}.base_layer.{leaf}" if adapted else f"{PREFIX}{parameter}"
+
+
+def base_parameter(key: str) -> str:
+    """The base's name of the parameter that a tensor of the file stands for."""
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".")

@@ -28,6 +28,8 @@ _OPTIONS: tuple[tuple[str, str, Any], ...] = (
     ("alpha_pattern", "alpha_pattern", {}),
     ("rslora", "use_rslora", False),
     ("dora", "use_dora", False),
+    ("modules_to_save", "modules_to_save", None),
+    ("bias", "bias", "none"),
 )
 
 # Keys that change nothing about a trained adapter. Those of initialisations only tell how A and B
@@ -37,7 +39,7 @@ _INERT = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version"),
     *("revision", "task_type", "megatron_core", "qalora_group_size", "layers_pattern"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
-    *("bias", "fan_in_fan_out", "init_lora_weights", "lorikeet"),
+    *("fan_in_fan_out", "init_lora_weights", "lorikeet"),
 }
 
 # Initialisations that leave the base model's weights alone; pissa, olora, corda, loftq ... replace
@@ -108,11 +110,11 @@ def to_peft(
         "alpha_pattern": {key: _plain(alpha) for key, alpha in config.alpha_pattern.items()},
         "use_rslora": config.rslora,
         "use_dora": config.dora,
-        "bias": "none",
+        "bias": config.bias,
         "fan_in_fan_out": conv1d,
         "init_lora_weights": True,
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": config.modules_to_save,
         "lorikeet": provenance,
     }
 
@@ -142,8 +144,6 @@ def _unsupported(raw: dict[str, Any]) -> Iterator[str]:
         return
     if raw.get("target_modules") is None:
         yield "target_modules is missing: it does not say which modules it adapts"
-    if raw.get("bias", "none") != "none":
-        yield f"bias is {raw['bias']!r}: trained biases are not supported"
     if raw.get("init_lora_weights") not in _PLAIN_INITS:
         yield (
             f"init_lora_weights is {raw['init_lora_weights']!r}, which may have changed the base"

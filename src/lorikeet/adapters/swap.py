@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import nn
 
-from lorikeet.adapters.folder import read_layers
+from lorikeet.adapters.folder import Parts, read_parts
 from lorikeet.adapters.schema import AdapterInfo
 from lorikeet.errors import AdapterError
-from lorikeet.lora import LoraLayer, remove, require_plain, wrap
+from lorikeet.lora import remove, require_plain
 
 _NAME = re.compile(r"\w[\w.-]*")
 
@@ -33,13 +33,13 @@ class AdapterSet:
     def __init__(self, model: nn.Module) -> None:
         require_plain(model)
         self._model = model.requires_grad_(False)
-        self._layers: dict[str, dict[str, LoraLayer]] = {}
+        self._parts: dict[str, Parts] = {}
         self._active: str | None = None
 
     @property
     def names(self) -> list[str]:
         """The adapters, in the order in which they came."""
-        return list(self._layers)
+        return list(self._parts)
 
     @property
     def active(self) -> str | None:
@@ -58,13 +58,15 @@ class AdapterSet:
                 f"an adapter cannot be called {name!r}: expected letters, digits, dots, dashes and"
                 " underscores, the first of them no dot and no dash"
             )
-        if name in self._layers:
+        if name in self._parts:
             raise AdapterError(f"there is an adapter {name!r} already; drop it first")
         with self.using(None):
-            info, layers = read_layers(self._model, folder)
-        for layer in layers.values():
+            info, parts = read_parts(self._model, folder)
+        for layer in parts.layers.values():
             layer.requires_grad_(False)
-        self._layers[name] = layers
+        for parameter in parts.whole.values():
+            parameter.requires_grad_(False)
+        self._parts[name] = parts
         return info
 
     def drop(self, name: str) -> None:
@@ -72,7 +74,7 @@ class AdapterSet:
         self._require(name)
         if self._active == name:
             self.use(None)
-        del self._layers[name]
+        del self._parts[name]
 
     def use(self, name: str | None) -> None:
         """Make the model answer with this adapter, or as the base alone.
@@ -86,9 +88,9 @@ class AdapterSet:
             return
         remove(self._model)
         if name is not None:
-            for layer in self._layers[name].values():
+            for layer in self._parts[name].layers.values():
                 layer.train(self._model.training)
-            wrap(self._model, self._layers[name])
+            self._parts[name].put(self._model)
         self._active = name
 
     @contextmanager
@@ -102,6 +104,6 @@ class AdapterSet:
             self.use(before)
 
     def _require(self, name: str) -> None:
-        if name not in self._layers:
-            known = ", ".join(self._layers) or "none"
+        if name not in self._parts:
+            known = ", ".join(self._parts) or "none"
             raise AdapterError(f"there is no adapter {name!r}; loaded: {known}")

@@ -24,6 +24,14 @@ from lorikeet.lora.targets import (
     match_targets,
     scaled_rank,
 )
+from lorikeet.lora.whole import (
+    own_parameters,
+    put_whole,
+    take_whole,
+    trained_copies,
+    whole_names,
+    whole_parameters,
+)
 
 __all__ = [
     "LoraEmbedding",
@@ -42,9 +50,15 @@ __all__ = [
     "lora_layers",
     "lora_parameters",
     "match_targets",
+    "own_parameters",
     "parameter_report",
+    "put_whole",
     "remove",
     "require_plain",
     "scaled_rank",
+    "take_whole",
+    "trained_copies",
+    "whole_names",
+    "whole_parameters",
     "wrap",
 ]

@@ -13,6 +13,13 @@ from lorikeet.config import LoraConfig
 from lorikeet.errors import AdapterError
 from lorikeet.lora.layer import LoraEmbedding, LoraLayer, LoraLinear
 from lorikeet.lora.targets import Target, find_targets
+from lorikeet.lora.whole import (
+    put_whole,
+    take_whole,
+    trained_copies,
+    whole_names,
+    whole_parameters,
+)
 
 
 def inject(model: nn.Module, config: LoraConfig, *, seed: int) -> list[Target]:
@@ -29,7 +36,12 @@ def inject(model: nn.Module, config: LoraConfig, *, seed: int) -> list[Target]:
     targets = find_targets(model, config)
     if config.init == "pissa":
         _require_rank(model, targets)
+    names = whole_names(model, config, [target.name for target in targets])
+    if config.bias != "none" and not any(name.endswith(".bias") for name in names):
+        raise AdapterError(f"bias is {config.bias!r}, but the model has no such bias to train")
+    whole = trained_copies(model, names)
     layers = attach(model, targets, dropout=config.dropout, dora=config.dora)
+    put_whole(model, whole)
     for name, layer in layers.items():
         layer.reset(layer_generator(seed, name), config.init)
     return targets
@@ -122,7 +134,8 @@ def carries_dora(model: nn.Module) -> bool:
 
 
 def remove(model: nn.Module) -> None:
-    """Put the base modules back, the very objects; the model's parameters stay frozen."""
+    """Put the base's modules and parameters back, the very objects; they stay frozen."""
+    take_whole(model)
     for name, layer in lora_layers(model).items():
         _replace(model, name, layer.base)
 
@@ -134,9 +147,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
     before = [layer.enabled for layer in layers]
     for layer in layers:
         layer.enabled = False
+    whole = take_whole(model)
     try:
         yield
     finally:
+        put_whole(model, whole)
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
 
@@ -153,6 +168,8 @@ def require_plain(model: nn.Module) -> None:
             f"the model already carries {len(layers)} LoRA layers (the first at"
             f" {next(iter(layers))}); remove them first"
         )
+    if whole_parameters(model):
+        raise AdapterError("the model already carries trained copies of parameters; remove them")
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

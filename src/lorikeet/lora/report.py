@@ -8,6 +8,7 @@ from torch import nn
 
 from lorikeet.lora.inject import lora_layers, lora_parameters
 from lorikeet.lora.targets import leaf_name
+from lorikeet.lora.whole import own_parameters, whole_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,7 @@ class ParameterReport:
     Attributes:
         base: parameters of the model without adapters; tied weights count once.
         trainable: parameters that receive gradients.
-        by_target: the adapters' parameters by the last part of the module name (`q_proj`, ...).
+        by_target: the trained parameters by the last part of the module name (`q_proj`, ...).
     """
 
     base: int
@@ -33,14 +34,17 @@ class ParameterReport:
 def parameter_report(model: nn.Module) -> ParameterReport:
     """Count the parameters of a model, with or without adapters; works on the meta device."""
     adapters = {id(p) for p in lora_parameters(model).values()}
-    unique = list(model.parameters())
+    own = {id(p): p for _, p in own_parameters(model) if id(p) not in adapters}
     by_target: dict[str, int] = {}
     for name, layer in lora_layers(model).items():
         leaf = leaf_name(name)
         size = sum(master.numel() for master in layer.parameters(recurse=False))
         by_target[leaf] = by_target.get(leaf, 0) + size
+    for name, parameter in whole_parameters(model).items():
+        leaf = f"{leaf_name(name.rpartition('.')[0])}, whole"
+        by_target[leaf] = by_target.get(leaf, 0) + parameter.numel()
     return ParameterReport(
-        base=sum(p.numel() for p in unique if id(p) not in adapters),
-        trainable=sum(p.numel() for p in unique if p.requires_grad),
+        base=sum(p.numel() for p in own.values()),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         by_target=by_target,
     )

@@ -32,12 +32,12 @@ def test_every_command_parses() -> None:
     from importlib import import_module
 
     text = README.replace("\\\n", " ")
-    commands = re.findall(r"^lorikeet +(\w+) ?(.*)$", text, flags=re.MULTILINE)
+    commands = re.findall(r"^lorikeet +(adapter \w+|\w+) ?(.*)$", text, flags=re.MULTILINE)
     assert len(commands) >= 6
     for verb, rest in commands:
         assert verb in VERBS
         parser = Parser(prog=verb)
-        import_module(f"lorikeet.cli.{verb}").add_arguments(parser)
+        import_module(f"lorikeet.cli.{verb.replace(' ', '_')}").add_arguments(parser)
         parser.parse_strictly(re.findall(r'"[^"]*"|\S+', rest))
 
 

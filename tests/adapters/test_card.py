@@ -36,7 +36,6 @@ OUTCOME = Outcome(
     learning_rate=2e-4,
     batch_size=8,
     rows=400,
-    held_out=40,
     base=SCORE,
     tuned={**SCORE, "nll": 1.0, "nll_stderr": 0.01, "perplexity": 2.7183},
     difference={"nll": -0.5, "nll_stderr": 0.015, "interval95": (-0.5294, -0.4706)},

@@ -31,7 +31,6 @@ class Outcome:
         learning_rate: its peak.
         batch_size: examples per optimizer step.
         rows: rows of the data that it was trained on.
-        held_out: examples that base and tuned were measured on.
         base: `Score.summary()` of the base model.
         tuned: `Score.summary()` of the base with the adapter, on the same examples.
         difference: `Difference.summary()` of the two.
@@ -41,7 +40,6 @@ class Outcome:
     learning_rate: float | None = None
     batch_size: int | None = None
     rows: int | None = None
-    held_out: int | None = None
     base: Mapping[str, Any] | None = None
     tuned: Mapping[str, Any] | None = None
     difference: Mapping[str, Any] | None = None
@@ -144,8 +142,7 @@ def _measured(outcome: Outcome) -> Iterator[str]:
     if base is None or tuned is None:
         yield "Nothing was measured on held-out rows."
         return
-    held_out = f"{outcome.held_out:,} held-out examples" if outcome.held_out else "held-out rows"
-    yield f"On {held_out}, {base['tokens']:,} supervised tokens:"
+    yield f"On {base['documents']:,} held-out examples, {base['tokens']:,} supervised tokens:"
     yield "\n".join(
         [
             "| | perplexity | standard error | nll (nats/token) | standard error |",

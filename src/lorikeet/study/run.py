@@ -170,7 +170,6 @@ def write_card(result: RunResult, prepared: Prepared, config: RunConfig) -> None
         learning_rate=config.train.peak,
         batch_size=config.train.batch_size,
         rows=len(prepared.rows_train),
-        held_out=len(prepared.validation),
         base=base.summary() if base else None,
         tuned=tuned.summary() if tuned else None,
         difference=paired_difference(tuned, base).summary() if base and tuned else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -495,3 +496,10 @@ def test_a_rank_stabilised_adapter_keeps_its_scale(
         ours = tiny("llama")
         load_adapter(ours, tmp_path / "w")
         assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
+
+
+def test_parameters_trained_whole_are_no_sum() -> None:
+    one = Adapter({"x": Update(torch.ones(1, 2), torch.ones(3, 1), 1.0)})
+    two = dataclasses.replace(one, whole={"lm_head.weight": torch.ones(2, 2)})
+    with pytest.raises(AdapterError, match=r"adapter 2 holds .* trained whole.*lm_head\.weight"):
+        combine([one, two], [1.0, 1.0])

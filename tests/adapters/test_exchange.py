@@ -44,6 +44,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("phi", {"target_modules": ["q_proj", "fc1"], "use_dora": True}),
     "transposed": ("gpt2", {"target_modules": ["c_attn", "c_proj"]}),
     "transposed dora": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "use_dora": True}),
+    "whole": (
+        "qwen2",
+        {
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["lm_head", "layers.1.mlp"],
+            "bias": "all",
+        },
+    ),
     "embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
 }
 
@@ -51,8 +59,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def save_theirs(model: PreTrainedModel, folder: Path, **options: Any) -> torch.nn.Module:
     config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)
     adapted = peft.get_peft_model(model, config)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)
     adapted.save_pretrained(str(folder))
     return adapted.eval()
@@ -74,7 +82,12 @@ def test_updates_are_what_peft_merges(
             moved.add(module)
             expected = adapter.updates[module].applied(weight.detach())
             assert_close(theirs[name].detach(), expected, atol=1e-5, rtol=1e-5)
-    assert moved == set(adapter.updates)
+        elif name in adapter.whole:
+            moved.add(name)
+            assert torch.equal(theirs[name].detach(), adapter.whole[name])
+        else:
+            assert torch.equal(theirs[name], weight)
+    assert moved == {*adapter.updates, *adapter.whole}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -94,14 +107,21 @@ def test_what_is_written_is_the_same_adapter_to_everybody(
 
 
 def same(one: Adapter, two: Adapter) -> bool:
-    return one.updates.keys() == two.updates.keys() and all(
-        a.scale == b.scale
-        and a.kind == b.kind
-        and torch.equal(a.A, b.A)
-        and torch.equal(a.B, b.B)
-        and (a.magnitude is None) == (b.magnitude is None)
-        and (a.magnitude is None or torch.equal(a.magnitude, b.magnitude))
-        for a, b in zip(one.updates.values(), two.updates.values(), strict=True)
+    return (
+        one.updates.keys() == two.updates.keys()
+        and all(
+            a.scale == b.scale
+            and a.kind == b.kind
+            and torch.equal(a.A, b.A)
+            and torch.equal(a.B, b.B)
+            and (a.magnitude is None) == (b.magnitude is None)
+            and (a.magnitude is None or torch.equal(a.magnitude, b.magnitude))
+            for a, b in zip(one.updates.values(), two.updates.values(), strict=True)
+        )
+        and (
+            one.whole.keys() == two.whole.keys()
+            and all(torch.equal(tensor, two.whole[name]) for name, tensor in one.whole.items())
+        )
     )
 
 

@@ -75,6 +75,8 @@ class Adapter:
         base_model: the model it was trained on, a path or a hub id; empty if not said.
         provenance: what Lorikeet wrote about the run; empty for adapters of other tools.
         dropout: on the updates' input in training.
+        whole: parameters of the base that were trained whole, by full name: those of the modules in
+            `modules_to_save`, and biases as `bias` says (PEFT's "none", "all", "lora_only").
         copies: PEFT's copies of base weights beside an adapted embedding, by the name of the
             base's parameter; they must equal the base's own and are not written again.
     """
@@ -84,9 +86,13 @@ class Adapter:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     dropout: float = 0.0
     copies: Mapping[str, Tensor] = field(default_factory=dict)
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    bias: Literal["none", "all", "lora_only"] = "none"
 
     @property
     def size(self) -> int:
-        """Numbers in all factors and magnitudes."""
+        """Numbers in all factors and magnitudes, and in what was trained whole."""
         tensors = [t for u in self.updates.values() for t in (u.A, u.B, u.magnitude)]
+        tensors += self.whole.values()
         return sum(t.numel() for t in tensors if t is not None)

@@ -251,6 +251,11 @@ def _misfits(adapters: Sequence[Adapter]) -> Iterator[str]:
                 " depends on the base's weights is no sum; make it a plain one first with"
                 " `lorikeet adapter normalize --model ...`"
             )
+        if adapter.whole:
+            yield listing(
+                f"adapter {number} holds parameters trained whole, which are no updates to add",
+                list(adapter.whole),
+            )
         bad = [m for m, update in adapter.updates.items() if not _finite(update)]
         if bad:
             yield listing(f"not finite in adapter {number}", bad)

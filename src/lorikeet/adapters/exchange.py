@@ -14,7 +14,14 @@ from torch import Tensor
 from lorikeet.adapters.adapter import Adapter, Kind, Update
 from lorikeet.adapters.files import TENSORS_FILE, read_tensors
 from lorikeet.adapters.fit import listing
-from lorikeet.adapters.names import PREFIX, Part, place, tensor_name
+from lorikeet.adapters.names import (
+    PREFIX,
+    Part,
+    base_parameter,
+    place,
+    tensor_name,
+    whole_key,
+)
 from lorikeet.adapters.schema import CONFIG_FILE, AdapterInfo, read_adapter_config, to_peft
 from lorikeet.config import LoraConfig
 from lorikeet.errors import AdapterError
@@ -37,19 +44,24 @@ def read_adapter(folder: Path) -> Adapter:
     problems = list(_problems(info, tensors))
     if problems:
         raise AdapterError(f"the adapter in {folder} is not what it says it is:", problems)
+    config = info.config
+    rest = {key: tensor for key, tensor in tensors.items() if place(key) is None}
     updates: dict[str, Update] = {}
     linear: Kind = "conv1d" if info.conv1d else "linear"
     for module, (embedding, parts) in _by_module(tensors).items():
         kind: Kind = "embedding" if embedding else linear
         floats = {part: tensor.float() for part, tensor in parts.items()}
-        scale = scaled_rank(info.config, module)[2]
+        scale = scaled_rank(config, module)[2]
         updates[module] = Update(floats["A"], floats["B"], scale, kind, floats.get("magnitude"))
     return Adapter(
         updates,
         base_model=info.base_model,
         provenance=info.provenance,
-        dropout=info.config.dropout,
-        copies={_parameter(key): t for key, t in tensors.items() if place(key) is None},
+        dropout=config.dropout,
+        copies={base_parameter(key): t for key, t in rest.items() if not _is_whole(config, key)},
+        whole={base_parameter(key): t for key, t in rest.items() if _is_whole(config, key)},
+        modules_to_save=tuple(config.modules_to_save or ()),
+        bias=config.bias,
     )
 
 
@@ -76,11 +88,14 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
             if tensor is not None:
                 name = tensor_name(module, part, embedding=update.kind == "embedding")
                 tensors[name] = tensor.float().contiguous()
+    for parameter, tensor in adapter.whole.items():
+        adapted = parameter.rpartition(".")[0] in updates
+        tensors[whole_key(parameter, adapted=adapted)] = tensor.contiguous()
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise AdapterError("the adapter is not written:", [listing("not finite", bad)])
     described = to_peft(
-        _described(updates, adapter.dropout),
+        _described(updates, adapter),
         base_model=adapter.base_model,
         provenance=dict(adapter.provenance),
         conv1d=any(update.kind == "conv1d" for update in updates.values()),
@@ -107,7 +122,11 @@ def _problems(info: AdapterInfo, tensors: Mapping[str, Tensor]) -> Iterator[str]
     modules = _by_module(tensors)
     findings: dict[str, list[str]] = {
         "missing": [],
-        "unexpected": [key for key in tensors if place(key) is None and not _is_copy(key)],
+        "unexpected": [
+            key
+            for key in tensors
+            if place(key) is None and not _is_copy(key) and not _is_whole(info.config, key)
+        ],
         "misshapen": [],
         "not floating-point": [k for k, t in tensors.items() if not t.is_floating_point()],
         "not finite": [k for k, t in tensors.items() if not t.isfinite().all()],
@@ -142,9 +161,16 @@ def _is_copy(key: str) -> bool:
     return key.startswith(PREFIX) and key.endswith(".weight") and "lora_" not in key
 
 
-def _parameter(key: str) -> str:
-    """The base's name of the parameter that a copy is of."""
-    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
+def _is_whole(config: LoraConfig, key: str) -> bool:
+    """Whether a tensor is a parameter of the base that was trained whole."""
+    if not key.startswith(PREFIX) or "lora_" in key:
+        return False
+    name = base_parameter(key)
+    if config.bias != "none" and name.endswith(".bias"):
+        return True
+    parts = name.split(".")[:-1]
+    ends = {".".join(parts[i:j]) for j in range(len(parts) + 1) for i in range(j)}
+    return any(entry in ends for entry in config.modules_to_save or [])
 
 
 def _portable(update: Update) -> Update:
@@ -154,7 +180,7 @@ def _portable(update: Update) -> Update:
     return replace(update, B=update.B * update.scale, scale=1.0)
 
 
-def _described(updates: Mapping[str, Update], dropout: float) -> LoraConfig:
+def _described(updates: Mapping[str, Update], adapter: Adapter) -> LoraConfig:
     """The configuration whose patterns give every module its rank and alpha."""
     ranks = {module: update.r for module, update in updates.items()}
     alphas = {module: update.scale * update.r for module, update in updates.items()}
@@ -162,9 +188,11 @@ def _described(updates: Mapping[str, Update], dropout: float) -> LoraConfig:
     return LoraConfig(
         r=int(r),
         alpha=alpha,
-        dropout=dropout,
+        dropout=adapter.dropout,
         target_modules=sorted(updates),
         rank_pattern={module: own for module, own in ranks.items() if own != r},
         alpha_pattern={module: own for module, own in alphas.items() if own != alpha},
         dora=any(update.magnitude is not None for update in updates.values()),
+        modules_to_save=list(adapter.modules_to_save) or None,
+        bias=adapter.bias,
     )

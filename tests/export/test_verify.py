@@ -93,6 +93,22 @@ def test_problems_name_figure_and_limit() -> None:
     assert len(better.problems(Tolerance(kl=1, nll=0.01))) == 1  # better is different, too
 
 
+def test_a_difference_that_may_be_chance_is_no_problem() -> None:
+    """One document gains what another loses, or nearly; KL has no such excuse."""
+    few = [example(2, 0, 2), example(2, 1)]
+    found = verify(fixed("p", P), fixed("q", Q), [*few, example(2, 0)])
+    assert found.difference.nll > 0.1
+    assert found.problems(Tolerance(kl=1, nll=1e-9)) == []
+    assert len(found.problems(Tolerance(kl=1e-9, nll=1e-9))) == 1
+    always = [example(2, 0, 2), example(2, 0)] * 20
+    sure = verify(fixed("p", P), fixed("q", Q), always)
+    assert sure.difference.interval is not None
+    nearer = sure.difference.interval[0]
+    assert 0 < nearer < sure.difference.nll
+    assert len(sure.problems(Tolerance(kl=1, nll=nearer * 0.99))) == 1
+    assert sure.problems(Tolerance(kl=1, nll=nearer * 1.01)) == []
+
+
 def test_what_is_not_a_number_is_a_problem() -> None:
     found = verify(fixed("p", P), fixed("q", [[math.nan] * 3] * 2), [example(2, 0, 2)])
     assert len(found.problems(tolerance_of(["F32"], arithmetic="bf16"))) == 2

@@ -19,6 +19,7 @@ from lorikeet.errors import ModelError
 
 WEIGHTS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
+_PREFIXES = ("transformer.", "model.", "gpt_neox.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,22 @@ class Checkpoint:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a tensor."""
         return self.files[name].rows(name, start, stop)
+
+    def whole(self, name: str) -> Tensor:
+        """All of a tensor with at least one dimension."""
+        return self.rows(name, 0, self.entry(name).shape[0])
+
+    def find(self, parameter: str) -> list[str]:
+        """The tensors that may be a model's parameter: one of its name, else of nearly its name.
+
+        A base's file may lack the prefix that its causal model has: `h.0.attn.c_attn.weight` is
+        `transformer.h.0.attn.c_attn.weight`.
+        """
+        if parameter in self.files:
+            return [parameter]
+        near = {parameter.removeprefix(prefix) for prefix in _PREFIXES}
+        near |= {prefix + parameter for prefix in _PREFIXES}
+        return sorted(near & set(self.files))
 
     def content(self, name: str) -> Content:
         """A tensor as it is, to be copied."""

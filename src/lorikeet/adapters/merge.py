@@ -32,7 +32,6 @@ NOTE = "lorikeet.json"
 _FLOATING = ("F64", "F32", "F16", "BF16")
 _BLOCK_VALUES = BLOCK_BYTES // 4
 _HEADER_ENTRY = 256  # bytes of a tensor in the header beside its name, at most
-_PREFIXES = ("transformer.", "model.", "gpt_neox.")  # the model's own, which a base's file may lack
 _HEADS = {"embed_tokens": "lm_head", "wte": "lm_head", "word_embeddings": "lm_head"} | {
     "embed_in": "embed_out"
 }  # a token embedding's last name, and that of the head that may share its weight
@@ -159,7 +158,7 @@ def _plan(base: Path, checkpoint: Checkpoint, adapter: Adapter, config: Mapping[
     if config.get("quantization_config"):
         found("the base is quantised; merge into the original weights", "quantization_config")
     for module, update in adapter.updates.items():
-        source, problem = _source(module, names, may_tie=may_tie)
+        source, problem = _source(module, checkpoint, may_tie=may_tie)
         if source is None:
             found(problem, module)
             continue
@@ -184,7 +183,7 @@ def _plan(base: Path, checkpoint: Checkpoint, adapter: Adapter, config: Mapping[
             found(problem, which)
     for parameter, saved in adapter.copies.items():
         module = parameter.removesuffix(".weight")
-        source, problem = _source(module, names, may_tie=may_tie)
+        source, problem = _source(module, checkpoint, may_tie=may_tie)
         if source is None:
             found(problem, parameter)
         elif not _equal(checkpoint, source, saved):
@@ -209,18 +208,14 @@ def _shared(module: str) -> bool:
     return _leaf(module) in _HEADS or _is_head(module)
 
 
-def _source(module: str, names: Mapping[str, object], *, may_tie: bool) -> tuple[str | None, str]:
+def _source(module: str, checkpoint: Checkpoint, *, may_tie: bool) -> tuple[str | None, str]:
     """The base's tensor that a module's weight comes from; or None and what is wrong.
 
     A head without a tensor of its own takes the embedding's.
     """
-    wanted = f"{module}.weight"
-    if wanted in names:
-        return wanted, ""
-    near = {wanted.removeprefix(prefix) for prefix in _PREFIXES} | {p + wanted for p in _PREFIXES}
-    matches = sorted(near & set(names))
+    matches = checkpoint.find(f"{module}.weight")
     if not matches and may_tie and _is_head(module):
-        matches = [n for n in names if _HEADS.get(_leaf(n)) == _leaf(module)]
+        matches = [n for n in checkpoint.files if _HEADS.get(_leaf(n)) == _leaf(module)]
     if len(matches) == 1:
         return matches[0], ""
     return None, "several tensors may be meant" if matches else "the base has no such weight"

@@ -25,7 +25,7 @@ from lorikeet.adapters.merge import merge
 from lorikeet.adapters.safe import Content, open_safe, write_safe
 from lorikeet.config import LoraConfig
 from lorikeet.errors import AdapterError, ConfigError, ModelError, StorageError
-from lorikeet.lora import inject, lora_layers, lora_parameters
+from lorikeet.lora import inject, lora_layers, lora_parameters, whole_parameters
 
 Tiny = Callable[[str], PreTrainedModel]
 Logits = Callable[[torch.nn.Module], torch.Tensor]
@@ -54,6 +54,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2, embedding": ("gpt2", {"target_modules": ["c_attn", "wte"]}),
     "gpt2, positions": ("gpt2", {"target_modules": ["c_attn", "wpe"]}),
     "opt, embedding": ("opt", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "llama, whole head": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "llama tied, whole head": (
+        "llama-tied",
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ),
+    "opt, whole embedding": (
+        "opt",
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ),
+    "llama, norms": (
+        "llama",
+        {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]},
+    ),
+    "gpt2, biases": ("gpt2", {"target_modules": ["c_attn"], "bias": "all"}),
+    "phi, biases": ("phi", {"target_modules": ["q_proj", "fc1"], "bias": "lora_only"}),
     "gemma3, embedding": ("gemma3", {"target_modules": ["q_proj", "embed_tokens"]}),
 }
 
@@ -69,7 +84,7 @@ def save_tuned(model: PreTrainedModel, folder: Path, **options: Any) -> PreTrain
     config = LoraConfig(**{"r": 4, "alpha": 8.0, **options})
     inject(model, config, seed=0)
     generator = torch.Generator().manual_seed(11)
-    for parameter in lora_parameters(model).values():
+    for parameter in [*lora_parameters(model).values(), *whole_parameters(model).values()]:
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
     save_adapter(model, folder, config=config, base_model="tiny", provenance={"a": "é"})
     return model
@@ -116,7 +131,9 @@ def test_the_logits_of_base_and_adapter(
     assert_close(logits(load(tmp_path / "out")), expected, atol=1e-5, rtol=1e-5)
     # The adapted weights are the layers' own, all others the base's to the bit.
     after = weights(tmp_path / "out")
-    assert set(report.merged) == set(lora_layers(tuned))
+    whole = whole_parameters(tuned)
+    assert set(report.merged) == set(lora_layers(tuned)) | set(whole)
+    assert all(torch.equal(after.pop(name), parameter) for name, parameter in whole.items())
     for name, layer in lora_layers(tuned).items():
         merged = layer.merged().weight
         assert_close(after.pop(f"{name}.weight"), merged, atol=1e-6, rtol=1e-6)
@@ -365,10 +382,33 @@ def test_every_misfit_is_listed(base: Path, adapter: Adapter, tmp_path: Path) ->
     for part in (
         f"misshapen (1): {names[0]}.weight is [4, 4], the adapter fits [16, 24]",
         f"not a plain floating-point weight (quantised?) (1): {names[1]}.weight is I8",
-        "the base has no such weight (2): model.layers.7.mlp.up_proj, x.y.weight",
+        "the base has no such weight (2): model.layers.7.mlp.up_proj.weight, x.y.weight",
         "base weights that differ from the model's (resized or retrained?) (1): model.embed",
     ):
         assert part in message, message
+
+
+def test_what_was_trained_whole_must_fit_too(base: Path, adapter: Adapter, tmp_path: Path) -> None:
+    name = sorted(adapter.updates)[0]
+    whole = {
+        "model.norm.weight": torch.ones(15),
+        "lm_head.bias": torch.ones(48),
+        f"{name}.weight": torch.zeros(16, 24),
+    }
+    message = refused(base, replace(adapter, whole=whole), tmp_path / "out")
+    assert "misshapen (1): model.norm.weight is [16], the adapter fits [15]" in message
+    assert "the base has no such weight (1): lm_head.bias" in message
+    assert f"adapted twice (1): {name}.weight" in message
+    far = {"model.norm.weight": torch.full((16,), torch.inf)}
+    message = refused(base, replace(adapter, whole=far), tmp_path / "out")
+    assert "the merged model.norm.weight has values that are not finite" in message
+
+
+def test_a_scalar_that_was_trained(base: Path, adapter: Adapter, tmp_path: Path) -> None:
+    state = weights(base) | {"temperature": torch.tensor(1.5)}
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    merge(base, replace(adapter, whole={"temperature": torch.tensor(2.5)}), tmp_path / "out")
+    assert weights(tmp_path / "out")["temperature"] == torch.tensor(2.5)
 
 
 def test_two_updates_of_one_tensor(base: Path, adapter: Adapter, tmp_path: Path) -> None:
@@ -395,7 +435,10 @@ def test_an_embedding_that_may_be_tied_by_another_name(tiny: Tiny, tmp_path: Pat
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
     update = Update(torch.ones(2, 48), torch.ones(16, 2), 1.0, "embedding")
     message = refused(base, Adapter({"model.tokens": update}), tmp_path / "out")
-    assert "cannot tell whether the head shares this embedding (1): model.tokens" in message
+    assert (
+        "cannot tell whether embedding and head share this weight (1): model.tokens.weight"
+        in message
+    )
 
 
 def test_a_copy_in_a_coarser_type_is_a_copy(base: Path, adapter: Adapter, tmp_path: Path) -> None:

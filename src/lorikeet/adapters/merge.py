@@ -49,7 +49,7 @@ class MergeReport:
         out: the new folder.
         files: its weight files.
         tensors: how many tensors they hold.
-        merged: the modules whose weights were adapted.
+        merged: the modules whose weights were adapted, and parameters that were trained whole.
         dtypes: how these weights are stored, in the words of the format (`BF16`).
         untied: whether embedding and head, which shared a weight, now have one each.
         seconds: how long it took.
@@ -99,9 +99,9 @@ def merge(
     plan = _plan(base, checkpoint, adapter, config)
     contents = {
         name: checkpoint.content(source)
-        if update is None
-        else _merged(checkpoint, source, update, name)
-        for name, (source, update) in plan.tensors.items()
+        if change is None
+        else _changed(checkpoint, source, change, name)
+        for name, (source, change) in plan.tensors.items()
     }
     shards = _shards(contents, shard_bytes)
     done = 0
@@ -125,31 +125,35 @@ def merge(
         else:
             shutil.copyfile(base / "config.json", draft / "config.json")
         _write(draft / NOTE, _note(base, adapter, untied=plan.untied))
-    adapted = [source for source, update in plan.tensors.values() if update is not None]
+    changed = [source for source, change in plan.tensors.values() if change is not None]
     return MergeReport(
         out=out,
         files=tuple(shards),
         tensors=len(contents),
-        merged=tuple(adapter.updates),
-        dtypes=tuple(sorted({checkpoint.entry(source).dtype for source in adapted})),
+        merged=(*adapter.updates, *adapter.whole),
+        dtypes=tuple(sorted({checkpoint.entry(source).dtype for source in changed})),
         untied=plan.untied,
         seconds=time.monotonic() - started,
     )
+
+
+Change = Update | Tensor
+"""What becomes of a weight: an update of it, or what was trained whole in its place."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """Each tensor to be written: the base's tensor it comes from, and what is done to it."""
 
-    tensors: dict[str, tuple[str, Update | None]]
+    tensors: dict[str, tuple[str, Change | None]]
     untied: bool
 
 
 def _plan(base: Path, checkpoint: Checkpoint, adapter: Adapter, config: Mapping[str, Any]) -> _Plan:
-    names = checkpoint.files
-    tensors: dict[str, tuple[str, Update | None]] = {name: (name, None) for name in names}
+    tensors: dict[str, tuple[str, Change | None]] = {n: (n, None) for n in checkpoint.files}
     findings: dict[str, list[str]] = {}
     may_tie = config.get("tie_word_embeddings") is not False
+    headless = may_tie and not any(map(_is_head, checkpoint.files))
     untied = False
 
     def found(what: str, which: str) -> None:
@@ -157,33 +161,32 @@ def _plan(base: Path, checkpoint: Checkpoint, adapter: Adapter, config: Mapping[
 
     if config.get("quantization_config"):
         found("the base is quantised; merge into the original weights", "quantization_config")
-    for module, update in adapter.updates.items():
-        source, problem = _source(module, checkpoint, may_tie=may_tie)
+    changes: list[tuple[str, Change]] = [(f"{m}.weight", u) for m, u in adapter.updates.items()]
+    for parameter, change in [*changes, *adapter.whole.items()]:
+        source, problem = _source(parameter, checkpoint, may_tie=may_tie)
         if source is None:
-            found(problem, module)
+            found(problem, parameter)
             continue
-        name = source if _leaf(source) == _leaf(f"{module}.weight") else f"{module}.weight"
-        entry = checkpoint.entry(source)
+        name = source if _leaf(source) == _leaf(parameter) else parameter
+        entry, shape = checkpoint.entry(source), tuple(change.shape)
         if entry.dtype not in _FLOATING:
             found("not a plain floating-point weight (quantised?)", f"{source} is {entry.dtype}")
-        elif entry.shape != update.shape:
-            sizes = f"{source} is {list(entry.shape)}, the adapter fits {list(update.shape)}"
+        elif entry.shape != shape:
+            sizes = f"{source} is {list(entry.shape)}, the adapter fits {list(shape)}"
             found("misshapen", sizes)
         elif tensors.get(name, (name, None))[1] is not None:
             found("adapted twice", name)
         else:
-            tensors[name] = (source, update)
-        untied = untied or (may_tie and _shared(module))
-        if update.kind == "embedding" and may_tie and not _shared(module):
-            rows = update.shape[0]
-            if rows == config.get("vocab_size") and not any(map(_is_head, names)):
-                found("cannot tell whether the head shares this embedding", module)
+            tensors[name] = (source, change)
+        untied = untied or (may_tie and _shared(parameter))
+        table = len(shape) == 2 and shape[0] == config.get("vocab_size")
+        if headless and table and not _shared(parameter):
+            found("cannot tell whether embedding and head share this weight", parameter)
     if untied:
         for problem, which in _untie(tensors, config):
             found(problem, which)
     for parameter, saved in adapter.copies.items():
-        module = parameter.removesuffix(".weight")
-        source, problem = _source(module, checkpoint, may_tie=may_tie)
+        source, problem = _source(parameter, checkpoint, may_tie=may_tie)
         if source is None:
             found(problem, parameter)
         elif not _equal(checkpoint, source, saved):
@@ -195,34 +198,35 @@ def _plan(base: Path, checkpoint: Checkpoint, adapter: Adapter, config: Mapping[
 
 
 def _leaf(tensor: str) -> str:
-    """`lm_head` of `lm_head.weight`."""
-    return tensor.removesuffix(".weight").rpartition(".")[2]
+    """`lm_head` of `lm_head.weight`; of another parameter than a weight all of its name."""
+    module = tensor.removesuffix(".weight")
+    return module.rpartition(".")[2] if module != tensor else tensor
 
 
-def _is_head(name: str) -> bool:
-    return _leaf(name) in _HEADS.values()
+def _is_head(tensor: str) -> bool:
+    return _leaf(tensor) in _HEADS.values()
 
 
-def _shared(module: str) -> bool:
-    """Whether it is one of the two modules that may share a weight."""
-    return _leaf(module) in _HEADS or _is_head(module)
+def _shared(tensor: str) -> bool:
+    """Whether it is one of the two weights that may be one."""
+    return _leaf(tensor) in _HEADS or _is_head(tensor)
 
 
-def _source(module: str, checkpoint: Checkpoint, *, may_tie: bool) -> tuple[str | None, str]:
-    """The base's tensor that a module's weight comes from; or None and what is wrong.
+def _source(parameter: str, checkpoint: Checkpoint, *, may_tie: bool) -> tuple[str | None, str]:
+    """The base's tensor that a parameter comes from; or None and what is wrong.
 
     A head without a tensor of its own takes the embedding's.
     """
-    matches = checkpoint.find(f"{module}.weight")
-    if not matches and may_tie and _is_head(module):
-        matches = [n for n in checkpoint.files if _HEADS.get(_leaf(n)) == _leaf(module)]
+    matches = checkpoint.find(parameter)
+    if not matches and may_tie and _is_head(parameter):
+        matches = [n for n in checkpoint.files if _HEADS.get(_leaf(n)) == _leaf(parameter)]
     if len(matches) == 1:
         return matches[0], ""
     return None, "several tensors may be meant" if matches else "the base has no such weight"
 
 
 def _untie(
-    tensors: dict[str, tuple[str, Update | None]], config: Mapping[str, Any]
+    tensors: dict[str, tuple[str, Change | None]], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """Give the head a tensor of its own if it has none; what stands in the way of that."""
     embeddings = [name for name in tensors if _leaf(name) in _HEADS]
@@ -257,25 +261,31 @@ def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, shape[0])
 
 
-def _merged(checkpoint: Checkpoint, source: str, update: Update, name: str) -> Content:
-    """A weight with its update, computed when it is asked for, a block of rows at a time."""
+def _changed(checkpoint: Checkpoint, source: str, change: Change, name: str) -> Content:
+    """A weight that is computed when it is asked for, a block of rows at a time."""
     entry = checkpoint.entry(source)
+    if isinstance(change, Tensor):
+        return Content(entry.dtype, entry.shape, lambda: _rounded(change, entry.dtype, name))
     # The norms of DoRA run over a row of W, which a transposed weight stores as a column.
-    whole = update.magnitude is not None and update.kind != "linear"
+    whole = change.magnitude is not None and change.kind != "linear"
     ranges = [(0, entry.shape[0])] if whole else list(_blocks(entry.shape))
 
     def blocks() -> Iterator[Tensor]:
         for start, stop in ranges:
             weight = checkpoint.rows(source, start, stop)
-            total = _part(update, start, stop).applied(weight).to(weight.dtype)
-            if not total.isfinite().all():
-                raise AdapterError(
-                    f"the merged {name} has values that are not finite in {entry.dtype}; the base"
-                    " or the adapter is damaged, or the sum is out of this type's range"
-                )
-            yield total
+            yield from _rounded(_part(change, start, stop).applied(weight), entry.dtype, name)
 
     return Content(entry.dtype, entry.shape, blocks)
+
+
+def _rounded(exact: Tensor, dtype: str, name: str) -> Iterator[Tensor]:
+    rounded = exact.to("cpu", TORCH[dtype])
+    if not rounded.isfinite().all():
+        raise AdapterError(
+            f"the merged {name} has values that are not finite in {dtype}; the base or the adapter"
+            " is damaged, or the sum is out of this type's range"
+        )
+    yield rounded
 
 
 def _part(update: Update, start: int, stop: int) -> Update:
@@ -369,7 +379,7 @@ def _note(base: Path, adapter: Adapter, *, untied: bool) -> dict[str, Any]:
     return {
         "base": str(base),
         "adapter": {"base_model": adapter.base_model, "provenance": dict(adapter.provenance)},
-        "merged": sorted(adapter.updates),
+        "merged": sorted([*adapter.updates, *adapter.whole]),
         "untied": untied,
         "versions": {"lorikeet": _version(), "torch": torch.__version__},
     }

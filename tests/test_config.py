@@ -50,6 +50,7 @@ def test_the_list_of_options_is_deliberate() -> None:
         "lora.init",
         "lora.modules_to_save",
         "lora.bias",
+        "lora.trainable_tokens",
         "data.path",
         "data.split",
         "data.limit",
@@ -97,6 +98,7 @@ def test_aliases_and_short_flags_name_options() -> None:
         ("lora.lora_dropout", "0.1", "lora", "dropout", 0.1),
         ("lora.use_rslora", "true", "lora", "rslora", True),
         ("lora.layers_to_transform", [1, 2], "lora", "layers", [1, 2]),
+        ("lora.trainable_token_indices", "5,9", "lora", "trainable_tokens", [5, 9]),
         ("train.lr", "1e-4", "train", "learning_rate", 1e-4),
     ],
 )
@@ -146,6 +148,8 @@ def test_an_unknown_section() -> None:
         ("lora.layers", "a"),
         ("lora.layers", ""),
         ("lora.layers", "-1"),
+        ("lora.trainable_tokens", "5,-9"),
+        ("lora.trainable_tokens", "hello"),
         ("lora.rank_pattern", "q_proj"),
         ("lora.rank_pattern", "q_proj:8"),
         ("lora.rank_pattern", "q_proj=8,v_proj"),
@@ -343,6 +347,10 @@ def test_a_size_that_is_none() -> None:
 def test_int8_is_for_frozen_weights() -> None:
     (found,) = problems({"train.int8": "true", "train.method": "full"})
     assert "full fine-tuning has none" in found
+
+
+def test_a_token_given_twice() -> None:
+    assert "names a token twice" in problems({"lora.trainable_tokens": "4-6,5"})[0]
 
 
 def test_dora_and_pissa_exclude_each_other() -> None:

@@ -42,22 +42,22 @@ def _parse_mapping(value: object) -> object:
     return {key.strip(): size.strip() for key, _, size in parts}
 
 
-def _parse_layers(value: object) -> object:
-    """`2-5` means layers 2, 3, 4 and 5; `0,3` and lists of integers are taken as they are."""
+def _parse_numbers(value: object) -> object:
+    """`2-5` means 2, 3, 4 and 5; `0,3` and lists of integers are taken as they are."""
     if isinstance(value, int):
         return [value]
     if not isinstance(value, str):
         return value
-    layers: list[int] = []
+    found: list[int] = []
     for part in value.split(","):
         first, _, last = part.partition("-")
         if not (first.strip().isdigit() and (not last or last.strip().isdigit())):
-            raise ValueError(f"expected layers such as '0,3' or '2-5', found {value!r}")
+            raise ValueError(f"expected numbers such as '0,3' or '2-5', found {value!r}")
         numbers = range(int(first), int(last or first) + 1)
         if not numbers:
-            raise ValueError(f"{part.strip()} runs backwards; expected layers such as '2-5'")
-        layers.extend(numbers)
-    return layers
+            raise ValueError(f"{part.strip()} runs backwards; expected numbers such as '2-5'")
+        found.extend(numbers)
+    return found
 
 
 def _targets(value: object) -> object:
@@ -98,7 +98,8 @@ def _bytes(value: object) -> object:
 Memory = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Targets = Annotated[str | list[str], BeforeValidator(_targets)]
-Layers = Annotated[list[int], BeforeValidator(_parse_layers)]
+Layers = Annotated[list[int], BeforeValidator(_parse_numbers)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_parse_numbers)]
 IntMap = Annotated[dict[str, int], BeforeValidator(_parse_mapping)]
 FloatMap = Annotated[dict[str, float], BeforeValidator(_parse_mapping)]
 
@@ -126,9 +127,7 @@ class ModelConfig(_Section):
         description="auto runs architectures that Lorikeet has kernels for through them, if a trial"
         " at load agrees with the model; off always takes the model's own forward pass",
     )
-    trust_remote_code: bool = Field(
-        False, description="run Python code that the model repository ships"
-    )
+    trust_remote_code: bool = Field(False, description="run code that the model repository ships")
 
 
 class LoraConfig(_Section):
@@ -163,16 +162,18 @@ class LoraConfig(_Section):
         description="how the factors start: A as kaiming (PEFT's default) or gaussian, B at zero;"
         " or both as the weight's largest singular triplets (pissa, arXiv:2404.02948)",
     )
-
     modules_to_save: Names | None = Field(None, description="modules that are trained whole (a,b)")
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="biases that are trained: none, all, or those of adapted modules"
     )
+    trainable_tokens: Tokens | None = Field(None, description="token ids whose rows are trained")
 
     @model_validator(mode="after")
     def _one_variant(self) -> LoraConfig:
         if self.dora and self.init == "pissa":
             raise ValueError("lora.dora and lora.init pissa cannot be combined; choose one")
+        if len(set(self.trainable_tokens or ())) < len(self.trainable_tokens or ()):
+            raise ValueError("lora.trainable_tokens names a token twice")
         return self
 
 
@@ -299,6 +300,7 @@ ALIASES = {
     "lora.use_rslora": "lora.rslora",
     "lora.use_dora": "lora.dora",
     "lora.layers_to_transform": "lora.layers",
+    "lora.trainable_token_indices": "lora.trainable_tokens",
     "train.lr": "train.learning_rate",
 }
 """Names of other tools (PEFT's above all) that are accepted in place of ours."""
@@ -401,7 +403,8 @@ def _normalise(tree: dict[str, Any]) -> list[str]:
         if section in known:
             continue
         if not any(name.startswith(f"{section}.") for name in known):
-            problems.append(_unknown(str(section), known | _sections()))
+            sections = {name.split(".")[0] for name in known}
+            problems.append(_unknown(str(section), known | sections))
             del tree[section]
         elif tree[section] is None:
             tree[section] = {}
@@ -425,10 +428,6 @@ def _normalise_section(section: str, values: dict[str, Any], known: set[str]) ->
             problems.append(_unknown(name, known | set(ALIASES)))
             del values[key]
     return problems
-
-
-def _sections() -> set[str]:
-    return {name.split(".")[0] for name, _ in options()}
 
 
 def _unknown(name: str, known: set[str]) -> str:

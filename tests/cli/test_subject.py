@@ -124,6 +124,10 @@ VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
     "pissa": (("--lora.init", "pissa"), "model.layers.0.self_attn.q_proj.lora_A.weight"),
     "a whole head": (("--lora.modules_to_save", "lm_head"), "lm_head.weight"),
     "a whole norm": (("--lora.modules_to_save", "norm"), "model.norm.weight"),
+    "single tokens": (
+        ("--lora.trainable_tokens", "5,9"),
+        "model.embed_tokens.token_adapter.trainable_tokens_delta",
+    ),
 }
 
 

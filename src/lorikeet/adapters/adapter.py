@@ -67,6 +67,24 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Tokens:
+    """Rows of the input embedding that take the places of the base's.
+
+    A head that shares the embedding's weight has the same rows; whether it does is for the model to
+    say.
+
+    Attributes:
+        embedding: the full name of the module, such as `model.embed_tokens`.
+        ids: whose rows they are, each once.
+        rows: float32 [n, dim].
+    """
+
+    embedding: str
+    ids: tuple[int, ...]
+    rows: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
     """Updates by module name, and where they come from.
 
@@ -77,6 +95,7 @@ class Adapter:
         dropout: on the updates' input in training.
         whole: parameters of the base that were trained whole, by full name: those of the modules in
             `modules_to_save`, and biases as `bias` says (PEFT's "none", "all", "lora_only").
+        tokens: the single tokens that were trained; None if there are none.
         copies: PEFT's copies of base weights beside an adapted embedding, by the name of the
             base's parameter; they must equal the base's own and are not written again.
     """
@@ -89,10 +108,11 @@ class Adapter:
     whole: Mapping[str, Tensor] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
     bias: Literal["none", "all", "lora_only"] = "none"
+    tokens: Tokens | None = None
 
     @property
     def size(self) -> int:
-        """Numbers in all factors and magnitudes, and in what was trained whole."""
+        """Numbers in all factors and magnitudes, in what was trained whole and in tokens' rows."""
         tensors = [t for u in self.updates.values() for t in (u.A, u.B, u.magnitude)]
-        tensors += self.whole.values()
+        tensors += [*self.whole.values(), *([self.tokens.rows] if self.tokens else [])]
         return sum(t.numel() for t in tensors if t is not None)

@@ -256,6 +256,11 @@ def _misfits(adapters: Sequence[Adapter]) -> Iterator[str]:
                 f"adapter {number} holds parameters trained whole, which are no updates to add",
                 list(adapter.whole),
             )
+        if adapter.tokens:
+            yield listing(
+                f"adapter {number} holds rows of trained tokens, which are no updates to add",
+                [str(token) for token in adapter.tokens.ids],
+            )
         bad = [m for m, update in adapter.updates.items() if not _finite(update)]
         if bad:
             yield listing(f"not finite in adapter {number}", bad)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save
 from torch import Tensor
 
-from lorikeet.adapters.adapter import Adapter, Kind, Update
+from lorikeet.adapters.adapter import Adapter, Kind, Tokens, Update
 from lorikeet.adapters.files import TENSORS_FILE, read_tensors
 from lorikeet.adapters.fit import listing
 from lorikeet.adapters.names import (
@@ -20,6 +20,8 @@ from lorikeet.adapters.names import (
     base_parameter,
     place,
     tensor_name,
+    token_embedding,
+    token_name,
     whole_key,
 )
 from lorikeet.adapters.schema import CONFIG_FILE, AdapterInfo, read_adapter_config, to_peft
@@ -45,7 +47,8 @@ def read_adapter(folder: Path) -> Adapter:
     if problems:
         raise AdapterError(f"the adapter in {folder} is not what it says it is:", problems)
     config = info.config
-    rest = {key: tensor for key, tensor in tensors.items() if place(key) is None}
+    rest = {k: t for k, t in tensors.items() if place(k) is None and token_embedding(k) is None}
+    rows = {name: t for key, t in tensors.items() if (name := token_embedding(key)) is not None}
     updates: dict[str, Update] = {}
     linear: Kind = "conv1d" if info.conv1d else "linear"
     for module, (embedding, parts) in _by_module(tensors).items():
@@ -62,6 +65,7 @@ def read_adapter(folder: Path) -> Adapter:
         whole={base_parameter(key): t for key, t in rest.items() if _is_whole(config, key)},
         modules_to_save=tuple(config.modules_to_save or ()),
         bias=config.bias,
+        tokens=next((Tokens(n, _ids(config), t.float()) for n, t in rows.items()), None),
     )
 
 
@@ -91,6 +95,8 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
     for parameter, tensor in adapter.whole.items():
         adapted = parameter.rpartition(".")[0] in updates
         tensors[whole_key(parameter, adapted=adapted)] = tensor.contiguous()
+    if adapter.tokens:
+        tensors[token_name(adapter.tokens.embedding)] = adapter.tokens.rows.float().contiguous()
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise AdapterError("the adapter is not written:", [listing("not finite", bad)])
@@ -125,7 +131,10 @@ def _problems(info: AdapterInfo, tensors: Mapping[str, Tensor]) -> Iterator[str]
         "unexpected": [
             key
             for key in tensors
-            if place(key) is None and not _is_copy(key) and not _is_whole(info.config, key)
+            if place(key) is None
+            and token_embedding(key) is None
+            and not _is_copy(key)
+            and not _is_whole(info.config, key)
         ],
         "misshapen": [],
         "not floating-point": [k for k, t in tensors.items() if not t.is_floating_point()],
@@ -138,11 +147,35 @@ def _problems(info: AdapterInfo, tensors: Mapping[str, Tensor]) -> Iterator[str]
         findings["unexpected"] += [name for part, name in names.items() if part not in wanted]
         if "A" in parts and "B" in parts:
             findings["misshapen"] += _misshapen(info.config, module, parts)
+    for what, found in _token_findings(info.config, tensors, modules).items():
+        findings[what] += found
     if not modules:
         yield "it holds no tensor of a LoRA"
     for what, found in findings.items():
         if found:
             yield listing(what, found)
+
+
+def _token_findings(
+    config: LoraConfig, tensors: Mapping[str, Tensor], adapted: Collection[str]
+) -> dict[str, list[str]]:
+    """What is wrong with the rows of trained tokens, by kind of finding."""
+    keys = [key for key in tensors if token_embedding(key) is not None]
+    n = len(_ids(config))
+    both = [key for key in keys if token_embedding(key) in adapted]
+    return {
+        "missing": ["the rows of the trained tokens"] if n and not keys else [],
+        "unexpected": (keys[1:] if n else keys) + [f"{key} of an adapted module" for key in both],
+        "misshapen": [
+            f"{key} is {list(tensors[key].shape)}, needed are rows of {n} tokens"
+            for key in keys[: bool(n)]
+            if tensors[key].dim() != 2 or len(tensors[key]) != n
+        ],
+    }
+
+
+def _ids(config: LoraConfig) -> tuple[int, ...]:
+    return tuple(config.trainable_tokens or ())
 
 
 def _misshapen(config: LoraConfig, module: str, parts: Mapping[Part, Tensor]) -> Iterator[str]:
@@ -195,4 +228,5 @@ def _described(updates: Mapping[str, Update], adapter: Adapter) -> LoraConfig:
         dora=any(update.magnitude is not None for update in updates.values()),
         modules_to_save=list(adapter.modules_to_save) or None,
         bias=adapter.bias,
+        trainable_tokens=list(adapter.tokens.ids) if adapter.tokens else None,
     )

@@ -20,6 +20,7 @@ def misfits(
     *,
     dora: bool = False,
     whole: Mapping[str, str] | None = None,
+    rows: Mapping[str, tuple[int, ...]] | None = None,
 ) -> list[str]:
     """Describe every way in which `tensors` differ from what is needed; empty if none.
 
@@ -31,10 +32,12 @@ def misfits(
         tensors: the file's.
         dora: whether there are magnitudes.
         whole: parameters of the base that were trained whole, name in the file by their own.
+        rows: shapes of the rows of trained tokens by their name in the file.
     """
     expected = _expected_shapes(model, targets, dora)
     base = dict(own_parameters(model))
     expected.update({key: tuple(base[name].shape) for name, key in (whole or {}).items()})
+    expected.update(rows or {})
     shared = [key for key in expected if key in tensors]
     others = [key for key in tensors if key not in expected]
     own = _own_weights(model)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +16,7 @@ from torch import nn
 
 from lorikeet.adapters.files import TENSORS_FILE, read_tensors
 from lorikeet.adapters.fit import listing, misfits
-from lorikeet.adapters.names import Part, tensor_name, whole_key
+from lorikeet.adapters.names import Part, tensor_name, token_name, whole_key
 from lorikeet.adapters.schema import CONFIG_FILE, AdapterInfo, read_adapter_config, to_peft
 from lorikeet.config import LoraConfig
 from lorikeet.errors import AdapterError
@@ -23,12 +25,16 @@ from lorikeet.lora import (
     LoraEmbedding,
     LoraLayer,
     LoraLinear,
+    TokenEmbedding,
+    TokenLayer,
     inventory,
     layers_around,
     lora_layers,
     match_targets,
     put_whole,
     require_plain,
+    token_layers,
+    token_layers_around,
     trained_copies,
     whole_names,
     whole_parameters,
@@ -72,8 +78,15 @@ def save_adapter(
             that are not finite.
         StorageError: the disk refused a write; what was in `folder` is untouched.
     """
-    tensors = _adapter_tensors(model)
-    portable = _portable(model, config)
+    with _without_tokens(model) as tokens:
+        tensors = _adapter_tensors(model, tokens)
+        portable = _portable(model, config)
+    carried = [token for layer in tokens.values() for token in layer.tokens.tolist()]
+    if carried != (config.trainable_tokens or []):
+        raise AdapterError(
+            f"the configuration trains the tokens {config.trainable_tokens or 'none'}, the model"
+            f" {carried or 'none'}; give save_adapter what the adapter was injected with"
+        )
     described = to_peft(
         portable, base_model=base_model, provenance=provenance, conv1d=_conv1d(model)
     )
@@ -103,9 +116,12 @@ def load_adapter(model: nn.Module, folder: Path) -> AdapterInfo:
 
 @dataclass(frozen=True)
 class Parts:
-    """An adapter for a certain model: layers around its modules, and parameters trained whole."""
+    """An adapter for a certain model: layers around its modules, and parameters trained whole.
 
-    layers: dict[str, LoraLayer]
+    The layers are those of LoRA and those of trained tokens.
+    """
+
+    layers: dict[str, LoraLayer | TokenLayer]
     whole: dict[str, nn.Parameter]
 
     def put(self, model: nn.Module) -> None:
@@ -128,7 +144,14 @@ def read_parts(model: nn.Module, folder: Path) -> tuple[AdapterInfo, Parts]:
     adapted = {target.name for target in match.targets}
     names = whole_names(model, info.config, adapted)
     whole = {n: whole_key(n, adapted=n.rpartition(".")[0] in adapted) for n in names}
-    problems = list(match.broken) or misfits(model, match.targets, tensors, dora=dora, whole=whole)
+    tokens = token_layers_around(
+        model, info.config.trainable_tokens or (), adapted=adapted, whole=names
+    )
+    rows = {token_name(name): layer.rows for name, layer in _embeddings(tokens).items()}
+    shapes = {key: tuple(own.shape) for key, own in rows.items()}
+    problems = list(match.broken) or misfits(
+        model, match.targets, tensors, dora=dora, whole=whole, rows=shapes
+    )
     if info.conv1d and not any(target.kind == "conv1d" for target in match.targets):
         problems.append("fan_in_fan_out is True, but no target stores its weight transposed")
     if problems:
@@ -144,10 +167,30 @@ def read_parts(model: nn.Module, folder: Path) -> tuple[AdapterInfo, Parts]:
     copies = trained_copies(model, whole)
     for name, copy in copies.items():
         copy.detach().copy_(tensors[whole[name]])
-    return info, Parts(layers, copies)
+    for key, own in rows.items():
+        own.detach().copy_(tensors[key])
+    return info, Parts({**layers, **tokens}, copies)
 
 
-def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+@contextmanager
+def _without_tokens(model: nn.Module) -> Iterator[dict[str, TokenEmbedding]]:
+    """Within the block trained tokens are off the model, whose names are the base's then."""
+    layers = token_layers(model)
+    wrap(model, {name: layer.base for name, layer in layers.items()})
+    try:
+        yield _embeddings(layers)
+    finally:
+        wrap(model, layers)
+
+
+def _embeddings(layers: Mapping[str, TokenLayer]) -> dict[str, TokenEmbedding]:
+    """The layers that hold rows."""
+    return {name: layer for name, layer in layers.items() if isinstance(layer, TokenEmbedding)}
+
+
+def _adapter_tensors(
+    model: nn.Module, tokens: Mapping[str, TokenEmbedding]
+) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in lora_layers(model).items():
         for key, master in _masters(name, layer).items():
@@ -155,6 +198,9 @@ def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, parameter in whole_parameters(model).items():
         key = whole_key(name, adapted=name.rpartition(".")[0] in lora_layers(model))
         tensors[key] = parameter.detach().cpu().contiguous()
+    for name, embedding in tokens.items():
+        rows = embedding.rows.detach().to("cpu", torch.float32)
+        tensors[token_name(name)] = rows.contiguous()
     if not tensors:
         raise AdapterError("the model carries no adapter to save")
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]

@@ -30,6 +30,7 @@ _SUFFIXES: dict[str, tuple[Part, bool]] = {
     ".lora_embedding_B": ("B", True),
     ".lora_magnitude_vector": ("magnitude", False),
 }
+_TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
 def tensor_name(module: str, part: Part, *, embedding: bool) -> str:
@@ -53,6 +54,18 @@ def whole_key(parameter: str, *, adapted: bool) -> str:
     """The name in the file of a parameter of the base; `adapted` says whether its module is."""
     module, _, leaf = parameter.rpartition(".")
     return f"{PREFIX}{module}.base_layer.{leaf}" if adapted else f"{PREFIX}{parameter}"
+
+
+def token_name(embedding: str) -> str:
+    """The name in the file of the rows of trained tokens."""
+    return f"{PREFIX}{embedding}{_TOKENS}"
+
+
+def token_embedding(key: str) -> str | None:
+    """The embedding whose trained rows the tensor of this name holds; None if it holds none."""
+    if not (key.startswith(PREFIX) and key.endswith(_TOKENS)):
+        return None
+    return key[len(PREFIX) : -len(_TOKENS)]
 
 
 def base_parameter(key: str) -> str:

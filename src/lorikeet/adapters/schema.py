@@ -30,6 +30,7 @@ _OPTIONS: tuple[tuple[str, str, Any], ...] = (
     ("dora", "use_dora", False),
     ("modules_to_save", "modules_to_save", None),
     ("bias", "bias", "none"),
+    ("trainable_tokens", "trainable_token_indices", None),
 )
 
 # Keys that change nothing about a trained adapter. Those of initialisations only tell how A and B
@@ -115,6 +116,7 @@ def to_peft(
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": config.modules_to_save,
+        "trainable_token_indices": config.trainable_tokens or None,
         "lorikeet": provenance,
     }
 
@@ -163,9 +165,14 @@ def _options(raw: dict[str, Any]) -> dict[str, Any]:
     }
     if options["target_modules"] is None:
         del options["target_modules"]  # reported by `_unsupported`
+    tokens = options["trainable_tokens"]
+    if isinstance(tokens, dict) and len(tokens) == 1:  # of one embedding, which the tensors name
+        (options["trainable_tokens"],) = tokens.values()
     return options
 
 
 def _describe(where: tuple[int | str, ...], message: str, found: object) -> str:
     names = {own: peft for own, peft, _ in _OPTIONS}
+    if not where:  # options that do not go together
+        return message.removeprefix("Value error, ")
     return f"{names.get(str(where[0]), where[0])}: {message} (found {found!r})"

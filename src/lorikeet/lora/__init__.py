@@ -24,6 +24,13 @@ from lorikeet.lora.targets import (
     match_targets,
     scaled_rank,
 )
+from lorikeet.lora.tokens import (
+    TokenEmbedding,
+    TokenHead,
+    TokenLayer,
+    token_layers,
+    token_layers_around,
+)
 from lorikeet.lora.whole import (
     own_parameters,
     put_whole,
@@ -40,6 +47,9 @@ __all__ = [
     "Match",
     "ParameterReport",
     "Target",
+    "TokenEmbedding",
+    "TokenHead",
+    "TokenLayer",
     "attach",
     "carries_dora",
     "disabled",
@@ -57,6 +67,8 @@ __all__ = [
     "require_plain",
     "scaled_rank",
     "take_whole",
+    "token_layers",
+    "token_layers_around",
     "trained_copies",
     "whole_names",
     "whole_parameters",

@@ -13,6 +13,13 @@ from lorikeet.config import LoraConfig
 from lorikeet.errors import AdapterError
 from lorikeet.lora.layer import LoraEmbedding, LoraLayer, LoraLinear
 from lorikeet.lora.targets import Target, find_targets
+from lorikeet.lora.tokens import (
+    TokenEmbedding,
+    TokenHead,
+    TokenLayer,
+    token_layers,
+    token_layers_around,
+)
 from lorikeet.lora.whole import (
     put_whole,
     take_whole,
@@ -27,7 +34,8 @@ def inject(model: nn.Module, config: LoraConfig, *, seed: int) -> list[Target]:
 
     A fresh adapter changes nothing: B is zero. What A becomes depends on the seed and the
     module's name alone, not on the other targets, the device, the dtype or the global generators;
-    with PiSSA it depends on the weight alone.
+    with PiSSA it depends on the weight alone. Rows of trained tokens start as the base's; through a
+    tied head their logits may differ from the base's by rounding.
 
     Raises:
         AdapterError: the model carries adapters already, or the configuration does not fit it.
@@ -39,9 +47,16 @@ def inject(model: nn.Module, config: LoraConfig, *, seed: int) -> list[Target]:
     names = whole_names(model, config, [target.name for target in targets])
     if config.bias != "none" and not any(name.endswith(".bias") for name in names):
         raise AdapterError(f"bias is {config.bias!r}, but the model has no such bias to train")
+    tokens = token_layers_around(
+        model,
+        config.trainable_tokens or (),
+        adapted={target.name for target in targets},
+        whole=names,
+    )
     whole = trained_copies(model, names)
     layers = attach(model, targets, dropout=config.dropout, dora=config.dora)
     put_whole(model, whole)
+    wrap(model, tokens)
     for name, layer in layers.items():
         layer.reset(layer_generator(seed, name), config.init)
     return targets
@@ -96,7 +111,7 @@ def layers_around(
     return layers
 
 
-def wrap(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
+def wrap(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Put layers in the places of the modules that they wrap."""
     for name, layer in layers.items():
         _replace(model, name, layer)
@@ -119,11 +134,20 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The masters by name: `<module>.lora_A` [r, in], `<module>.lora_B` [out, r], and with DoRA
-    `<module>.magnitude` [out]."""
+    `<module>.magnitude` [out]; of trained tokens `<embedding>.rows` [n, dim]."""
     return {
         f"{name}.{own}": parameter
-        for name, layer in lora_layers(model).items()
+        for name, layer in _wrappers(model).items()
         for own, parameter in layer.named_parameters(recurse=False)
+    }
+
+
+def _wrappers(model: nn.Module) -> dict[str, LoraLayer | TokenLayer]:
+    """Everything that stands in the place of a module of the base, in the model's order."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLinear | LoraEmbedding | TokenEmbedding | TokenHead)
     }
 
 
@@ -136,14 +160,14 @@ def carries_dora(model: nn.Module) -> bool:
 def remove(model: nn.Module) -> None:
     """Put the base's modules and parameters back, the very objects; they stay frozen."""
     take_whole(model)
-    for name, layer in lora_layers(model).items():
+    for name, layer in _wrappers(model).items():
         _replace(model, name, layer.base)
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within the block the adapters contribute nothing: outputs are the base's, bit for bit."""
-    layers = list(lora_layers(model).values())
+    layers = list(_wrappers(model).values())
     before = [layer.enabled for layer in layers]
     for layer in layers:
         layer.enabled = False
@@ -168,6 +192,8 @@ def require_plain(model: nn.Module) -> None:
             f"the model already carries {len(layers)} LoRA layers (the first at"
             f" {next(iter(layers))}); remove them first"
         )
+    if token_layers(model):
+        raise AdapterError("the model already carries trained tokens; remove them first")
     if whole_parameters(model):
         raise AdapterError("the model already carries trained copies of parameters; remove them")
 

@@ -249,6 +249,6 @@ def _head(head: nn.Module, hidden: Tensor, targets: Tensor, run: _Pass) -> Tenso
     if type(head) is nn.Linear:
         rounded = run.rounded.get(head.weight)
         return kernels.head_nll(hidden, head.weight, head.bias, targets, rounded=rounded)
-    logits = head(hidden)  # the head itself has an adapter
+    logits = head(hidden)  # the head itself has an adapter, or trained tokens
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.to(wide), targets, reduction="none")

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lorikeet.adapters import merge as merge_module
-from lorikeet.adapters import read_adapter, save_adapter
+from lorikeet.adapters import Adapter, checkpoint, read_adapter, save_adapter
+from lorikeet.adapters.adapter import Tokens
 from lorikeet.adapters.merge import merge
 from lorikeet.config import LoraConfig
 from lorikeet.lora import inject, lora_layers, lora_parameters, whole_parameters
@@ -180,6 +180,34 @@ def test_adapters_of_peft(tiny: Tiny, logits: Logits, tmp_path: Path) -> None:
     assert_close(logits(load(tmp_path / "out")), logits(theirs), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "opt"])
+@pytest.mark.parametrize("twins", [False, True])
+def test_rows_of_single_tokens(
+    tiny: Tiny,
+    logits: Logits,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    twins: bool,
+) -> None:
+    """They take the places of the base's, in a head that shares the weight as well."""
+    monkeypatch.setattr(checkpoint, "_BLOCK_VALUES", 5 * 16)
+    base, model = save_base(tiny(family), tmp_path / "base"), tiny(family)
+    state = weights(base)
+    embedding = next(n for n in state if n.endswith(("embed_tokens.weight", "wte.weight")))
+    if twins and family != "llama":  # as pickles have it: both names, one weight
+        state["lm_head.weight"] = state[embedding].clone()
+        save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    ids, rows = (3, 47, 11), torch.randn(3, 16)
+    model.get_input_embeddings().weight.data[list(ids)] = rows
+    tokens = Tokens(embedding.removesuffix(".weight"), ids, rows)
+    report = merge(base, Adapter({}, tokens=tokens), tmp_path / "out")
+    assert report.merged == (tokens.embedding,)
+    assert not report.untied
+    assert_close(logits(load(tmp_path / "out")), logits(model), atol=1e-5, rtol=1e-5)
+    assert torch.equal(weights(tmp_path / "out")[embedding], model.get_input_embeddings().weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("block", [3 * 24, 1 << 20])
 def test_half_precision_is_rounded_once(
@@ -193,7 +221,7 @@ def test_half_precision_is_rounded_once(
 
     Factors of few bits have exact products, so that no order of summation rounds another way.
     """
-    monkeypatch.setattr(merge_module, "_BLOCK_VALUES", block)
+    monkeypatch.setattr(checkpoint, "_BLOCK_VALUES", block)
     base = save_base(tiny("gpt2").to(dtype), tmp_path / "base")
     before = weights(base)
     save_tuned(tiny("gpt2"), tmp_path / "a", target_modules=["c_attn", "c_fc", "wte"])
@@ -215,7 +243,7 @@ def test_half_precision_is_rounded_once(
 
 
 def test_blocks_of_dora_rows(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge_module, "_BLOCK_VALUES", 24)
+    monkeypatch.setattr(checkpoint, "_BLOCK_VALUES", 24)
     for family in ("llama", "gpt2"):
         base = save_base(tiny(family), tmp_path / family)
         tuned = save_tuned(tiny(family), tmp_path / "a", dora=True)

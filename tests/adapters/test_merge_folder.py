@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lorikeet.adapters import Adapter, Update, write_adapter
+from lorikeet.adapters.adapter import Tokens
 from lorikeet.adapters.merge import merge
 from lorikeet.adapters.safe import Content, open_safe, write_safe
 from lorikeet.errors import AdapterError, ConfigError, ModelError, StorageError
@@ -131,6 +132,29 @@ def test_what_was_trained_whole_must_fit_too(base: Path, adapter: Adapter, tmp_p
     far = {"model.norm.weight": torch.full((16,), torch.inf)}
     message = refused(base, replace(adapter, whole=far), tmp_path / "out")
     assert "the merged model.norm.weight has values that are not finite" in message
+
+
+def test_rows_that_do_not_fit(tiny: Tiny, base: Path, adapter: Adapter, tmp_path: Path) -> None:
+    def message(base: Path, adapter: Adapter, **tokens: object) -> str:
+        own = Tokens(**{"embedding": "model.embed_tokens", "ids": (1, 2), **tokens})  # type: ignore[arg-type]
+        return refused(base, replace(adapter, tokens=own), tmp_path / "out")
+
+    rows = torch.ones(2, 16)
+    assert "misshapen (1): model.embed_tokens.weight is [48, 16], the adapter has rows [2, 15]" in (
+        message(base, adapter, rows=torch.ones(2, 15))
+    )
+    assert "up to token 48" in message(base, adapter, rows=rows, ids=(1, 48))
+    assert "has rows [2, 16] up to token 2" in message(base, adapter, rows=rows, ids=(2,))
+    assert "no such weight (1): x.weight" in message(base, adapter, rows=rows, embedding="x")
+    head = Update(torch.ones(1, 16), torch.ones(48, 1), 1.0)
+    tied = save_base(tiny("llama-tied"), tmp_path / "tied")
+    found = message(tied, Adapter({"lm_head": head}), rows=rows)
+    assert "single tokens beside another change of their weight (1): model.embed_tokens" in found
+    whole = {"model.embed_tokens.weight": torch.ones(48, 16)}
+    assert "single tokens beside" in message(base, replace(adapter, whole=whole), rows=rows)
+    other = replace(adapter, tokens=Tokens("model.embed_tokens", (1, 2), rows))
+    untied = replace(other, updates={"lm_head": head})  # the head has a weight of its own
+    assert merge(base, untied, tmp_path / "out").merged == ("lm_head", "model.embed_tokens")
 
 
 def test_a_scalar_that_was_trained(base: Path, adapter: Adapter, tmp_path: Path) -> None:
@@ -267,6 +291,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from lorikeet.adapters import read_adapter
+from lorikeet.adapters.adapter import Tokens
 from lorikeet.adapters.merge import merge
 base, adapter, out = map(Path, sys.argv[1:])
 def die(done, total):
@@ -288,6 +313,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from lorikeet.adapters import read_adapter
+from lorikeet.adapters.adapter import Tokens
 from lorikeet.adapters.merge import merge
 base, adapter, out = map(Path, sys.argv[1:])
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -307,6 +333,7 @@ PEAK = """
 import sys
 from pathlib import Path
 from lorikeet.adapters import read_adapter
+from lorikeet.adapters.adapter import Tokens
 from lorikeet.adapters.merge import merge
 base, adapter, out = map(Path, sys.argv[1:])
 merge(base, read_adapter(adapter), out)

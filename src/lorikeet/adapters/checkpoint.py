@@ -19,6 +19,7 @@ from lorikeet.errors import ModelError
 
 WEIGHTS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
+_BLOCK_VALUES = BLOCK_BYTES // 4
 _PREFIXES = ("transformer.", "model.", "gpt_neox.")
 
 
@@ -57,7 +58,7 @@ class Pickled:
     def raw(self, name: str) -> Iterator[Tensor]:
         """The values of a tensor, in blocks."""
         flat = self.tensors[name].reshape(-1)
-        yield from flat.split(BLOCK_BYTES // 8) if flat.numel() else ()
+        yield from flat.split(_BLOCK_VALUES) if flat.numel() else ()
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
@@ -164,3 +165,13 @@ def _by_tensor(
     if problems:
         raise ModelError(f"the weights in {files[0].path.parent} are not complete:", problems)
     return found
+
+
+def blocks_of(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that are small enough to be held in float32, several times."""
+    width = 1
+    for size in shape[1:]:
+        width *= size
+    step = max(1, _BLOCK_VALUES // max(width, 1))
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])

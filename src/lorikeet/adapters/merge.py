@@ -19,22 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorikeet.adapters.adapter import Adapter, Update
-from lorikeet.adapters.checkpoint import WEIGHTS, Checkpoint
-from lorikeet.adapters.fit import listing
-from lorikeet.adapters.safe import BLOCK_BYTES, TORCH, Content, write_safe
+from lorikeet.adapters.adapter import Adapter, Tokens, Update
+from lorikeet.adapters.checkpoint import WEIGHTS, Checkpoint, blocks_of
+from lorikeet.adapters.plan import Change, make_plan
+from lorikeet.adapters.safe import TORCH, Content, write_safe
 from lorikeet.errors import AdapterError, ConfigError, ModelError
 from lorikeet.files import atomic_folder
 
 NOTE = "lorikeet.json"
 """Says in a merged folder what was merged into what."""
 
-_FLOATING = ("F64", "F32", "F16", "BF16")
-_BLOCK_VALUES = BLOCK_BYTES // 4
 _HEADER_ENTRY = 256  # bytes of a tensor in the header beside its name, at most
-_HEADS = {"embed_tokens": "lm_head", "wte": "lm_head", "word_embeddings": "lm_head"} | {
-    "embed_in": "embed_out"
-}  # a token embedding's last name, and that of the head that may share its weight
 _TEXTS = {".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".spm", ".vocab", ".bpe"}
 _LICENCES = ("license", "licence", "notice", "copying")  # a derived model needs them
 _OWN = {"config.json", NOTE, "adapter_config.json"}
@@ -49,7 +44,8 @@ class MergeReport:
         out: the new folder.
         files: its weight files.
         tensors: how many tensors they hold.
-        merged: the modules whose weights were adapted, and parameters that were trained whole.
+        merged: the modules whose weights were adapted, parameters that were trained whole, and the
+            embedding of which single rows were.
         dtypes: how these weights are stored, in the words of the format (`BF16`).
         untied: whether embedding and head, which shared a weight, now have one each.
         seconds: how long it took.
@@ -96,7 +92,7 @@ def merge(
     _check_place(base, out)
     config = _read_config(base)
     checkpoint = Checkpoint.open(base)
-    plan = _plan(base, checkpoint, adapter, config)
+    plan = make_plan(base, checkpoint, adapter, config)
     contents = {
         name: checkpoint.content(source)
         if change is None
@@ -130,135 +126,11 @@ def merge(
         out=out,
         files=tuple(shards),
         tensors=len(contents),
-        merged=(*adapter.updates, *adapter.whole),
+        merged=_names(adapter),
         dtypes=tuple(sorted({checkpoint.entry(source).dtype for source in changed})),
         untied=plan.untied,
         seconds=time.monotonic() - started,
     )
-
-
-Change = Update | Tensor
-"""What becomes of a weight: an update of it, or what was trained whole in its place."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """Each tensor to be written: the base's tensor it comes from, and what is done to it."""
-
-    tensors: dict[str, tuple[str, Change | None]]
-    untied: bool
-
-
-def _plan(base: Path, checkpoint: Checkpoint, adapter: Adapter, config: Mapping[str, Any]) -> _Plan:
-    tensors: dict[str, tuple[str, Change | None]] = {n: (n, None) for n in checkpoint.files}
-    findings: dict[str, list[str]] = {}
-    may_tie = config.get("tie_word_embeddings") is not False
-    headless = may_tie and not any(map(_is_head, checkpoint.files))
-    untied = False
-
-    def found(what: str, which: str) -> None:
-        findings.setdefault(what, []).append(which)
-
-    if config.get("quantization_config"):
-        found("the base is quantised; merge into the original weights", "quantization_config")
-    changes: list[tuple[str, Change]] = [(f"{m}.weight", u) for m, u in adapter.updates.items()]
-    for parameter, change in [*changes, *adapter.whole.items()]:
-        source, problem = _source(parameter, checkpoint, may_tie=may_tie)
-        if source is None:
-            found(problem, parameter)
-            continue
-        name = source if _leaf(source) == _leaf(parameter) else parameter
-        entry, shape = checkpoint.entry(source), tuple(change.shape)
-        if entry.dtype not in _FLOATING:
-            found("not a plain floating-point weight (quantised?)", f"{source} is {entry.dtype}")
-        elif entry.shape != shape:
-            sizes = f"{source} is {list(entry.shape)}, the adapter fits {list(shape)}"
-            found("misshapen", sizes)
-        elif tensors.get(name, (name, None))[1] is not None:
-            found("adapted twice", name)
-        else:
-            tensors[name] = (source, change)
-        untied = untied or (may_tie and _shared(parameter))
-        table = len(shape) == 2 and shape[0] == config.get("vocab_size")
-        if headless and table and not _shared(parameter):
-            found("cannot tell whether embedding and head share this weight", parameter)
-    if untied:
-        for problem, which in _untie(tensors, config):
-            found(problem, which)
-    for parameter, saved in adapter.copies.items():
-        source, problem = _source(parameter, checkpoint, may_tie=may_tie)
-        if source is None:
-            found(problem, parameter)
-        elif not _equal(checkpoint, source, saved):
-            found("base weights that differ from the model's (resized or retrained?)", source)
-    if findings:
-        lines = [listing(what, which) for what, which in findings.items()]
-        raise AdapterError(f"the adapter cannot be merged into {base}:", lines)
-    return _Plan(tensors, untied)
-
-
-def _leaf(tensor: str) -> str:
-    """`lm_head` of `lm_head.weight`; of another parameter than a weight all of its name."""
-    module = tensor.removesuffix(".weight")
-    return module.rpartition(".")[2] if module != tensor else tensor
-
-
-def _is_head(tensor: str) -> bool:
-    return _leaf(tensor) in _HEADS.values()
-
-
-def _shared(tensor: str) -> bool:
-    """Whether it is one of the two weights that may be one."""
-    return _leaf(tensor) in _HEADS or _is_head(tensor)
-
-
-def _source(parameter: str, checkpoint: Checkpoint, *, may_tie: bool) -> tuple[str | None, str]:
-    """The base's tensor that a parameter comes from; or None and what is wrong.
-
-    A head without a tensor of its own takes the embedding's.
-    """
-    matches = checkpoint.find(parameter)
-    if not matches and may_tie and _is_head(parameter):
-        matches = [n for n in checkpoint.files if _HEADS.get(_leaf(n)) == _leaf(parameter)]
-    if len(matches) == 1:
-        return matches[0], ""
-    return None, "several tensors may be meant" if matches else "the base has no such weight"
-
-
-def _untie(
-    tensors: dict[str, tuple[str, Change | None]], config: Mapping[str, Any]
-) -> Iterator[tuple[str, str]]:
-    """Give the head a tensor of its own if it has none; what stands in the way of that."""
-    embeddings = [name for name in tensors if _leaf(name) in _HEADS]
-    heads = [name for name in tensors if _is_head(name)]
-    if not heads and len(embeddings) == 1:
-        source = tensors[embeddings[0]][0]
-        tensors[f"{_HEADS[_leaf(source)]}.weight"] = (source, None)
-    elif config.get("tie_word_embeddings") and len(embeddings) != 1:
-        yield "cannot tell which embedding is tied to the head", ", ".join(embeddings) or "none"
-
-
-def _equal(checkpoint: Checkpoint, source: str, saved: Tensor) -> bool:
-    """Whether a copy of a base weight is the base's, in the coarser of the two dtypes."""
-    entry = checkpoint.entry(source)
-    if entry.shape != tuple(saved.shape) or entry.dtype not in TORCH:
-        return False
-    for start, stop in _blocks(entry.shape):
-        own, copy = checkpoint.rows(source, start, stop), saved[start:stop].cpu()
-        same = torch.equal(own.to(copy.dtype), copy) or torch.equal(copy.to(own.dtype), own)
-        if not same:
-            return False
-    return True
-
-
-def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that are small enough to be held in float32, several times."""
-    width = 1
-    for size in shape[1:]:
-        width *= size
-    step = max(1, _BLOCK_VALUES // max(width, 1))
-    for start in range(0, shape[0], step):
-        yield start, min(start + step, shape[0])
 
 
 def _changed(checkpoint: Checkpoint, source: str, change: Change, name: str) -> Content:
@@ -267,15 +139,25 @@ def _changed(checkpoint: Checkpoint, source: str, change: Change, name: str) -> 
     if isinstance(change, Tensor):
         return Content(entry.dtype, entry.shape, lambda: _rounded(change, entry.dtype, name))
     # The norms of DoRA run over a row of W, which a transposed weight stores as a column.
-    whole = change.magnitude is not None and change.kind != "linear"
-    ranges = [(0, entry.shape[0])] if whole else list(_blocks(entry.shape))
+    whole = isinstance(change, Update) and change.magnitude is not None and change.kind != "linear"
+    ranges = [(0, entry.shape[0])] if whole else list(blocks_of(entry.shape))
 
     def blocks() -> Iterator[Tensor]:
         for start, stop in ranges:
             weight = checkpoint.rows(source, start, stop)
-            yield from _rounded(_part(change, start, stop).applied(weight), entry.dtype, name)
+            if isinstance(change, Update):
+                yield from _rounded(_part(change, start, stop).applied(weight), entry.dtype, name)
+            else:
+                yield from _rounded(_with_rows(weight, change, start), entry.dtype, name)
 
     return Content(entry.dtype, entry.shape, blocks)
+
+
+def _with_rows(weight: Tensor, tokens: Tokens, start: int) -> Tensor:
+    """A block of an embedding that begins with row `start`, with the tokens' rows in it."""
+    ids = torch.tensor(tokens.ids) - start
+    inside = (ids >= 0) & (ids < len(weight))
+    return weight.index_copy(0, ids[inside], tokens.rows.cpu()[inside].to(weight.dtype))
 
 
 def _rounded(exact: Tensor, dtype: str, name: str) -> Iterator[Tensor]:
@@ -379,10 +261,16 @@ def _note(base: Path, adapter: Adapter, *, untied: bool) -> dict[str, Any]:
     return {
         "base": str(base),
         "adapter": {"base_model": adapter.base_model, "provenance": dict(adapter.provenance)},
-        "merged": sorted([*adapter.updates, *adapter.whole]),
+        "merged": sorted(_names(adapter)),
         "untied": untied,
         "versions": {"lorikeet": _version(), "torch": torch.__version__},
     }
+
+
+def _names(adapter: Adapter) -> tuple[str, ...]:
+    """What an adapter changes."""
+    rows = [adapter.tokens.embedding] if adapter.tokens else []
+    return (*adapter.updates, *adapter.whole, *rows)
 
 
 def _version() -> str:

@@ -1,0 +1,204 @@
+"""Which tensors of a model folder an adapter changes, found and checked before any is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorikeet.adapters.adapter import Adapter, Tokens, Update
+from lorikeet.adapters.checkpoint import Checkpoint, blocks_of
+from lorikeet.adapters.fit import listing
+from lorikeet.adapters.safe import TORCH
+from lorikeet.errors import AdapterError
+
+_FLOATING = ("F64", "F32", "F16", "BF16")
+_HEADS = {"embed_tokens": "lm_head", "wte": "lm_head", "word_embeddings": "lm_head"} | {
+    "embed_in": "embed_out"
+}  # a token embedding's last name, and that of the head that may share its weight
+
+Change = Update | Tokens | Tensor
+"""What becomes of a weight: an update of it, other rows, or what was trained whole in its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a merge writes.
+
+    Attributes:
+        tensors: by name, the base's tensor each comes from and what is done to it.
+        untied: whether embedding and head, which shared a weight, have one each.
+    """
+
+    tensors: dict[str, tuple[str, Change | None]]
+    untied: bool
+
+
+def make_plan(
+    base: Path, checkpoint: Checkpoint, adapter: Adapter, config: Mapping[str, Any]
+) -> Plan:
+    """Find the base's tensor of everything that the adapter changes; nothing is written.
+
+    Args:
+        base: the model folder, for messages.
+        checkpoint: its weights.
+        adapter: the adapter.
+        config: the folder's `config.json`.
+
+    Raises:
+        AdapterError: the adapter does not fit, with every finding.
+    """
+    tensors: dict[str, tuple[str, Change | None]] = {n: (n, None) for n in checkpoint.files}
+    findings: dict[str, list[str]] = {}
+    may_tie = config.get("tie_word_embeddings") is not False
+    headless = may_tie and not any(map(_is_head, checkpoint.files))
+    untied = False
+
+    def found(what: str, which: str) -> None:
+        findings.setdefault(what, []).append(which)
+
+    if config.get("quantization_config"):
+        found("the base is quantised; merge into the original weights", "quantization_config")
+    changes: list[tuple[str, Update | Tensor]] = [
+        (f"{m}.weight", u) for m, u in adapter.updates.items()
+    ]
+    changes += adapter.whole.items()
+    for parameter, change in changes:
+        source, problem = _source(parameter, checkpoint, may_tie=may_tie)
+        if source is None:
+            found(problem, parameter)
+            continue
+        name = source if _leaf(source) == _leaf(parameter) else parameter
+        entry, shape = checkpoint.entry(source), tuple(change.shape)
+        if entry.dtype not in _FLOATING:
+            found("not a plain floating-point weight (quantised?)", f"{source} is {entry.dtype}")
+        elif entry.shape != shape:
+            sizes = f"{source} is {list(entry.shape)}, the adapter fits {list(shape)}"
+            found("misshapen", sizes)
+        elif tensors.get(name, (name, None))[1] is not None:
+            found("adapted twice", name)
+        else:
+            tensors[name] = (source, change)
+        untied = untied or (may_tie and _shared(parameter))
+        table = len(shape) == 2 and shape[0] == config.get("vocab_size")
+        if headless and table and not _shared(parameter):
+            found("cannot tell whether embedding and head share this weight", parameter)
+    if untied:
+        for problem, which in _untie(tensors, config):
+            found(problem, which)
+    if adapter.tokens:
+        for problem, which in _put_tokens(
+            tensors, adapter.tokens, checkpoint, may_tie=may_tie, untied=untied
+        ):
+            found(problem, which)
+    for parameter, saved in adapter.copies.items():
+        source, problem = _source(parameter, checkpoint, may_tie=may_tie)
+        if source is None:
+            found(problem, parameter)
+        elif not _equal(checkpoint, source, saved):
+            found("base weights that differ from the model's (resized or retrained?)", source)
+    if findings:
+        lines = [listing(what, which) for what, which in findings.items()]
+        raise AdapterError(f"the adapter cannot be merged into {base}:", lines)
+    return Plan(tensors, untied)
+
+
+def _leaf(tensor: str) -> str:
+    """`lm_head` of `lm_head.weight`; of another parameter than a weight all of its name."""
+    module = tensor.removesuffix(".weight")
+    return module.rpartition(".")[2] if module != tensor else tensor
+
+
+def _is_head(tensor: str) -> bool:
+    return _leaf(tensor) in _HEADS.values()
+
+
+def _shared(tensor: str) -> bool:
+    """Whether it is one of the two weights that may be one."""
+    return _leaf(tensor) in _HEADS or _is_head(tensor)
+
+
+def _source(parameter: str, checkpoint: Checkpoint, *, may_tie: bool) -> tuple[str | None, str]:
+    """The base's tensor that a parameter comes from; or None and what is wrong.
+
+    A head without a tensor of its own takes the embedding's.
+    """
+    matches = checkpoint.find(parameter)
+    if not matches and may_tie and _is_head(parameter):
+        matches = [n for n in checkpoint.files if _HEADS.get(_leaf(n)) == _leaf(parameter)]
+    if len(matches) == 1:
+        return matches[0], ""
+    return None, "several tensors may be meant" if matches else "the base has no such weight"
+
+
+def _untie(
+    tensors: dict[str, tuple[str, Change | None]], config: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """Give the head a tensor of its own if it has none; what stands in the way of that."""
+    embeddings = [name for name in tensors if _leaf(name) in _HEADS]
+    heads = [name for name in tensors if _is_head(name)]
+    if not heads and len(embeddings) == 1:
+        source = tensors[embeddings[0]][0]
+        tensors[f"{_HEADS[_leaf(source)]}.weight"] = (source, None)
+    elif config.get("tie_word_embeddings") and len(embeddings) != 1:
+        yield "cannot tell which embedding is tied to the head", ", ".join(embeddings) or "none"
+
+
+def _put_tokens(
+    tensors: dict[str, tuple[str, Change | None]],
+    tokens: Tokens,
+    checkpoint: Checkpoint,
+    *,
+    may_tie: bool,
+    untied: bool,
+) -> Iterator[tuple[str, str]]:
+    """Plan the rows of single tokens, in a head that shares them too; what stands in the way."""
+    parameter = f"{tokens.embedding}.weight"
+    source, problem = _source(parameter, checkpoint, may_tie=may_tie)
+    if source is None:
+        yield problem, parameter
+        return
+    entry, rows = checkpoint.entry(source), tokens.rows
+    if entry.dtype not in _FLOATING:
+        yield "not a plain floating-point weight (quantised?)", f"{source} is {entry.dtype}"
+        return
+    if (len(tokens.ids), *entry.shape[1:]) != rows.shape or max(
+        tokens.ids, default=-1
+    ) >= entry.shape[0]:
+        found = f"rows {list(rows.shape)} up to token {max(tokens.ids, default=-1)}"
+        yield "misshapen", f"{source} is {list(entry.shape)}, the adapter has {found}"
+        return
+    heads = [name for name in checkpoint.files if _is_head(name)]
+    twins = [name for name in heads if may_tie and _same(checkpoint, name, source)]
+    linked = may_tie and (not heads or bool(twins))
+    for name in [source, *twins]:
+        if tensors[name][1] is not None or (linked and untied):
+            yield "single tokens beside another change of their weight", name
+        else:
+            tensors[name] = (name, tokens)
+
+
+def _same(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors are equal."""
+    a, b = checkpoint.entry(one), checkpoint.entry(other)
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and all(
+        torch.equal(checkpoint.rows(one, *block), checkpoint.rows(other, *block))
+        for block in blocks_of(a.shape)
+    )
+
+
+def _equal(checkpoint: Checkpoint, source: str, saved: Tensor) -> bool:
+    """Whether a copy of a base weight is the base's, in the coarser of the two dtypes."""
+    entry = checkpoint.entry(source)
+    if entry.shape != tuple(saved.shape) or entry.dtype not in TORCH:
+        return False
+    for start, stop in blocks_of(entry.shape):
+        own, copy = checkpoint.rows(source, start, stop), saved[start:stop].cpu()
+        same = torch.equal(own.to(copy.dtype), copy) or torch.equal(copy.to(own.dtype), own)
+        if not same:
+            return False
+    return True

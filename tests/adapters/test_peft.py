@@ -319,6 +319,7 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
     "embedding": ("qwen2", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
     "tied embedding": ("opt", {"target_modules": ["fc1"], "modules_to_save": ["embed_tokens"]}),
     "norms": ("gemma", {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}),
+    "ends of names": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
     "a whole block": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["layers.2.mlp"]}),
     "biases of qwen2": ("qwen2", {"target_modules": ["q_proj", "o_proj"], "bias": "all"}),
     "biases of opt": ("opt", {"target_modules": ["q_proj"], "bias": "all"}),

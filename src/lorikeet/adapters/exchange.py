@@ -202,8 +202,10 @@ def _is_whole(config: LoraConfig, key: str) -> bool:
     if config.bias != "none" and name.endswith(".bias"):
         return True
     parts = name.split(".")[:-1]
-    ends = {".".join(parts[i:j]) for j in range(len(parts) + 1) for i in range(j)}
-    return any(entry in ends for entry in config.modules_to_save or [])
+    inside = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(
+        module.endswith(entry) for module in inside for entry in config.modules_to_save or []
+    )
 
 
 def _portable(update: Update) -> Update:

@@ -21,7 +21,8 @@ _ASIDE = "_lorikeet_base"  # a module's own parameters whose places are taken, b
 def whole_names(model: nn.Module, config: LoraConfig, targets: Iterable[str]) -> list[str]:
     """Full names of the base's parameters that are trained whole.
 
-    `modules_to_save` names modules by the end of their names, as PEFT; `bias` is "none", "all", or
+    `modules_to_save` names modules by the end of their names, whatever comes before it (as in PEFT,
+    "norm" takes in "input_layernorm"); `bias` is "none", "all", or
     "lora_only" for those of the adapted modules `targets`.
 
     Raises:
@@ -32,7 +33,7 @@ def whole_names(model: nn.Module, config: LoraConfig, targets: Iterable[str]) ->
     found: dict[str, None] = {}
     problems: list[str] = []
     for entry in config.modules_to_save or []:
-        saved = [name for name in modules if name == entry or name.endswith(f".{entry}")]
+        saved = [name for name in modules if name.endswith(entry)]
         if not saved:
             problems.append(f"modules_to_save: {entry!r} matches no module")
         for name in saved:

@@ -380,3 +380,15 @@ def test_the_memory_of_a_merge(shared: Callable[[str], Path], tmp_path: Path) ->
     expected = (before.float() + 0.01 * update.B[2000:] @ update.A).bfloat16()
     off = merged.rows(name, 2000, 2048) != expected
     assert off.float().mean() < 1e-3  # sums that end between two values round either way
+
+
+def test_a_square_weight_that_adapter_and_base_store_differently(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """Of a square weight the shape does not tell; the architecture does."""
+    tiny("llama").save_pretrained(str(tmp_path / "base"))
+    update = Update(torch.randn(2, 16), torch.randn(16, 2), 1.0, "conv1d")
+    adapter = Adapter({"model.layers.0.self_attn.q_proj": update})
+    with pytest.raises(AdapterError, match="fan_in_fan_out does not go with this architecture"):
+        merge(tmp_path / "base", adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

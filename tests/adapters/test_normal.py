@@ -29,7 +29,7 @@ from lorikeet.adapters import (
 from lorikeet.adapters.base_weights import BaseWeights
 from lorikeet.adapters.normal import normalize
 from lorikeet.config import LoraConfig
-from lorikeet.errors import AdapterError
+from lorikeet.errors import AdapterError, ModelError
 from lorikeet.lora import inject, lora_parameters
 
 Tiny = Callable[[str], PreTrainedModel]
@@ -260,7 +260,9 @@ def test_base_weights_by_name(tiny: Tiny, model_folder: Path) -> None:
         assert torch.equal(weights(module), model.get_parameter(f"{module}.weight"))
 
 
-@pytest.mark.parametrize("change", [lambda k: k.removeprefix("transformer."), lambda k: f"lm.{k}"])
+@pytest.mark.parametrize(
+    "change", [lambda k: k.removeprefix("transformer."), lambda k: f"model.{k}"]
+)
 def test_base_weights_of_a_shorter_or_longer_name(
     tiny: Tiny, model_folder: Path, change: Callable[[str], str]
 ) -> None:
@@ -279,37 +281,24 @@ def test_base_weights_in_shards(tiny: Tiny, tmp_path: Path) -> None:
         assert torch.equal(weights(module), model.get_parameter(f"{module}.weight"))
 
 
+def test_a_tied_heads_weight_is_the_embeddings(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny("llama-tied")
+    model.save_pretrained(str(tmp_path / "tied"))
+    assert torch.equal(BaseWeights(tmp_path / "tied")("lm_head"), model.model.embed_tokens.weight)
+
+
 def refusal(folder: Path, module: str = "h.0.mlp.c_fc") -> str:
-    with pytest.raises(AdapterError) as caught:
+    with pytest.raises((AdapterError, ModelError)) as caught:
         BaseWeights(folder)(module)
     return str(caught.value)
 
 
 def test_base_weights_that_are_not_there(model_folder: Path, tmp_path: Path) -> None:
-    assert "no model folder" in refusal(tmp_path / "nowhere")
-    assert "neither model.safetensors nor" in refusal(tmp_path)
+    assert "has no weights: expected model.safetensors" in refusal(tmp_path)
     message = refusal(model_folder, "transformer.h.0.mlp.gate")
-    assert "no tensor transformer.h.0.mlp.gate.weight, and none like it" in message
-    several = refusal(model_folder, "c_fc")
-    assert "several that end alike" in several
-    assert "transformer.h.2.mlp.c_fc.weight" in several
+    assert "the base has no such weight: transformer.h.0.mlp.gate.weight" in message
     file = model_folder / "model.safetensors"
     save_file({"h.0.mlp.c_fc.weight": torch.ones(2, 2, dtype=torch.int8)}, file)
     assert "is int8; needed are weights that are not quantised" in refusal(model_folder)
     file.write_bytes(file.read_bytes()[:20])
-    assert "damaged" in refusal(model_folder)
-
-
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        ("{", "cannot read the index"),
-        ("[]", "cannot read the index"),
-        ('{"weight_map": 3}', "cannot read the index"),
-        ('{"weight_map": {"a.weight": "../a.safetensors"}}', "outside its folder"),
-        ('{"weight_map": {"h.0.mlp.c_fc.weight": "gone"}}', "cannot read h.0.mlp.c_fc.weight"),
-    ],
-)
-def test_an_index_that_cannot_be_used(tmp_path: Path, text: str, named: str) -> None:
-    (tmp_path / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    assert named in refusal(tmp_path)
+    assert "model.safetensors" in refusal(model_folder)

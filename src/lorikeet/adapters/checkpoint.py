@@ -20,6 +20,14 @@ from lorikeet.errors import ModelError
 WEIGHTS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 _BLOCK_VALUES = BLOCK_BYTES // 4
+HEADS = {
+    "embed_tokens": "lm_head",
+    "wte": "lm_head",
+    "word_embeddings": "lm_head",
+    "embed_in": "embed_out",
+}
+"""A token embedding's last name, and that of the head that may share its weight."""
+
 _PREFIXES = ("transformer.", "model.", "gpt_neox.")
 
 
@@ -93,6 +101,8 @@ class Checkpoint:
         Raises:
             ModelError: files are missing or damaged, or do not hold what their index says.
         """
+        if not folder.is_dir():
+            raise ModelError(f"there is no model folder {folder}")
         for name, reader in ((WEIGHTS, open_safe), (PICKLE, Pickled.open)):
             index = folder / f"{name}.index.json"
             if (folder / name).is_file():
@@ -134,10 +144,33 @@ class Checkpoint:
         near |= {prefix + parameter for prefix in _PREFIXES}
         return sorted(near & set(self.files))
 
+    def source(self, parameter: str, *, may_tie: bool) -> tuple[str | None, str]:
+        """The tensor that a model's parameter comes from; or None and what is wrong.
+
+        With `may_tie` a head without a tensor of its own takes the embedding's.
+        """
+        matches = self.find(parameter)
+        if not matches and may_tie and is_head(parameter):
+            matches = [name for name in self.files if HEADS.get(leaf(name)) == leaf(parameter)]
+        if len(matches) == 1:
+            return matches[0], ""
+        return None, "several tensors may be meant" if matches else "the base has no such weight"
+
     def content(self, name: str) -> Content:
         """A tensor as it is, to be copied."""
         entry = self.entry(name)
         return Content(entry.dtype, entry.shape, lambda: self.files[name].raw(name))
+
+
+def leaf(tensor: str) -> str:
+    """`lm_head` of `lm_head.weight`; of another parameter than a weight all of its name."""
+    module = tensor.removesuffix(".weight")
+    return module.rpartition(".")[2] if module != tensor else tensor
+
+
+def is_head(tensor: str) -> bool:
+    """Whether a tensor is an output head's weight, by its name."""
+    return leaf(tensor) in HEADS.values()
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from lorikeet.adapters.adapter import Adapter, Tokens, Update
-from lorikeet.adapters.checkpoint import Checkpoint, blocks_of
+from lorikeet.adapters.checkpoint import HEADS, Checkpoint, blocks_of, is_head, leaf
 from lorikeet.adapters.fit import listing
 from lorikeet.adapters.safe import TORCH
 from lorikeet.errors import AdapterError
 
 _FLOATING = ("F64", "F32", "F16", "BF16")
-_HEADS = {"embed_tokens": "lm_head", "wte": "lm_head", "word_embeddings": "lm_head"} | {
-    "embed_in": "embed_out"
-}  # a token embedding's last name, and that of the head that may share its weight
+_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+"""Architectures whose linear layers store their weights transposed."""
 
 Change = Update | Tokens | Tensor
 """What becomes of a weight: an update of it, other rows, or what was trained whole in its place."""
@@ -55,7 +54,7 @@ def make_plan(
     tensors: dict[str, tuple[str, Change | None]] = {n: (n, None) for n in checkpoint.files}
     findings: dict[str, list[str]] = {}
     may_tie = config.get("tie_word_embeddings") is not False
-    headless = may_tie and not any(map(_is_head, checkpoint.files))
+    headless = may_tie and not any(map(is_head, checkpoint.files))
     untied = False
 
     def found(what: str, which: str) -> None:
@@ -63,16 +62,18 @@ def make_plan(
 
     if config.get("quantization_config"):
         found("the base is quantised; merge into the original weights", "quantization_config")
+    for module in _turned(adapter, config):
+        found("fan_in_fan_out does not go with this architecture", module)
     changes: list[tuple[str, Update | Tensor]] = [
         (f"{m}.weight", u) for m, u in adapter.updates.items()
     ]
     changes += adapter.whole.items()
     for parameter, change in changes:
-        source, problem = _source(parameter, checkpoint, may_tie=may_tie)
+        source, problem = checkpoint.source(parameter, may_tie=may_tie)
         if source is None:
             found(problem, parameter)
             continue
-        name = source if _leaf(source) == _leaf(parameter) else parameter
+        name = source if leaf(source) == leaf(parameter) else parameter
         entry, shape = checkpoint.entry(source), tuple(change.shape)
         if entry.dtype not in _FLOATING:
             found("not a plain floating-point weight (quantised?)", f"{source} is {entry.dtype}")
@@ -96,7 +97,7 @@ def make_plan(
         ):
             found(problem, which)
     for parameter, saved in adapter.copies.items():
-        source, problem = _source(parameter, checkpoint, may_tie=may_tie)
+        source, problem = checkpoint.source(parameter, may_tie=may_tie)
         if source is None:
             found(problem, parameter)
         elif not _equal(checkpoint, source, saved):
@@ -107,43 +108,32 @@ def make_plan(
     return Plan(tensors, untied)
 
 
-def _leaf(tensor: str) -> str:
-    """`lm_head` of `lm_head.weight`; of another parameter than a weight all of its name."""
-    module = tensor.removesuffix(".weight")
-    return module.rpartition(".")[2] if module != tensor else tensor
-
-
-def _is_head(tensor: str) -> bool:
-    return _leaf(tensor) in _HEADS.values()
-
-
 def _shared(tensor: str) -> bool:
     """Whether it is one of the two weights that may be one."""
-    return _leaf(tensor) in _HEADS or _is_head(tensor)
+    return leaf(tensor) in HEADS or is_head(tensor)
 
 
-def _source(parameter: str, checkpoint: Checkpoint, *, may_tie: bool) -> tuple[str | None, str]:
-    """The base's tensor that a parameter comes from; or None and what is wrong.
-
-    A head without a tensor of its own takes the embedding's.
-    """
-    matches = checkpoint.find(parameter)
-    if not matches and may_tie and _is_head(parameter):
-        matches = [n for n in checkpoint.files if _HEADS.get(_leaf(n)) == _leaf(parameter)]
-    if len(matches) == 1:
-        return matches[0], ""
-    return None, "several tensors may be meant" if matches else "the base has no such weight"
+def _turned(adapter: Adapter, config: Mapping[str, Any]) -> list[str]:
+    """Square weights of which adapter and architecture disagree how they are stored."""
+    stored = config.get("model_type") in _CONV1D
+    return [
+        module
+        for module, update in adapter.updates.items()
+        if update.kind != "embedding"
+        and update.shape[0] == update.shape[1]
+        and (update.kind == "conv1d") != stored
+    ]
 
 
 def _untie(
     tensors: dict[str, tuple[str, Change | None]], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """Give the head a tensor of its own if it has none; what stands in the way of that."""
-    embeddings = [name for name in tensors if _leaf(name) in _HEADS]
-    heads = [name for name in tensors if _is_head(name)]
+    embeddings = [name for name in tensors if leaf(name) in HEADS]
+    heads = [name for name in tensors if is_head(name)]
     if not heads and len(embeddings) == 1:
         source = tensors[embeddings[0]][0]
-        tensors[f"{_HEADS[_leaf(source)]}.weight"] = (source, None)
+        tensors[f"{HEADS[leaf(source)]}.weight"] = (source, None)
     elif config.get("tie_word_embeddings") and len(embeddings) != 1:
         yield "cannot tell which embedding is tied to the head", ", ".join(embeddings) or "none"
 
@@ -158,7 +148,7 @@ def _put_tokens(
 ) -> Iterator[tuple[str, str]]:
     """Plan the rows of single tokens, in a head that shares them too; what stands in the way."""
     parameter = f"{tokens.embedding}.weight"
-    source, problem = _source(parameter, checkpoint, may_tie=may_tie)
+    source, problem = checkpoint.source(parameter, may_tie=may_tie)
     if source is None:
         yield problem, parameter
         return
@@ -172,7 +162,7 @@ def _put_tokens(
         found = f"rows {list(rows.shape)} up to token {max(tokens.ids, default=-1)}"
         yield "misshapen", f"{source} is {list(entry.shape)}, the adapter has {found}"
         return
-    heads = [name for name in checkpoint.files if _is_head(name)]
+    heads = [name for name in checkpoint.files if is_head(name)]
     twins = [name for name in heads if may_tie and _same(checkpoint, name, source)]
     linked = may_tie and (not heads or bool(twins))
     for name in [source, *twins]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,9 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
 )
+
+# What several test files of PEFT's folders share is imported by its name.
+sys.path.insert(0, str(Path(__file__).parent))
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 48,

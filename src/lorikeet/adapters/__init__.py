@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from lorikeet.adapters.adapter import Adapter, Update
+from lorikeet.adapters.adapter import Adapter, Tokens, Update
+from lorikeet.adapters.algebra import Combined, combine
+from lorikeet.adapters.anatomy import Anatomy, examine
+from lorikeet.adapters.base_weights import BaseWeights
 from lorikeet.adapters.exchange import read_adapter, write_adapter
 from lorikeet.adapters.folder import load_adapter, save_adapter
 from lorikeet.adapters.match import mismatches
+from lorikeet.adapters.merge import MergeReport, merge
+from lorikeet.adapters.normal import normalize
 from lorikeet.adapters.probe import Shift, logit_shift
 from lorikeet.adapters.schema import AdapterInfo, read_adapter_config
 from lorikeet.adapters.spectrum import Spectrum, spectrum
@@ -15,12 +20,21 @@ __all__ = [
     "Adapter",
     "AdapterInfo",
     "AdapterSet",
+    "Anatomy",
+    "BaseWeights",
+    "Combined",
+    "MergeReport",
     "Shift",
     "Spectrum",
+    "Tokens",
     "Update",
+    "combine",
+    "examine",
     "load_adapter",
     "logit_shift",
+    "merge",
     "mismatches",
+    "normalize",
     "read_adapter",
     "read_adapter_config",
     "save_adapter",

@@ -170,7 +170,9 @@ def test_normalize_a_dora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     model, out = tmp_path / "model", tmp_path / "out"
     model.mkdir()
     weights = {name: torch.randn(8, 6) for name in ("h.0.q", "h.1.q")}
-    save_file({f"transformer.{m}.weight": w for m, w in weights.items()}, model / "model.safetensors")
+    save_file(
+        {f"transformer.{m}.weight": w for m, w in weights.items()}, model / "model.safetensors"
+    )
     assert "--model" in refusal(capsys, "normalize", tmp_path / "dora", "--out", out)
     message = refusal(capsys, "combine", tmp_path / "dora", "--out", out)
     assert "lorikeet adapter normalize --model" in message

@@ -152,5 +152,5 @@ def test_int8_needs_the_fast_path(model: nn.Module, ragged: Callable[..., list[E
 def test_int8_rounds_what_is_frozen(model: nn.Module, ragged: Callable[..., list[Example]]) -> None:
     loss = set_up(model, ragged(4), TrainConfig(int8=True), nll=FastNll()).loss
     assert isinstance(loss, FastNll)
-    assert len(loss.rounded) == 2 * 7
+    assert len(loss.rounded) == 2 * 7 + 1  # the head too
     assert all(not weight.requires_grad for weight in loss.rounded)

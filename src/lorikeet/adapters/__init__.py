@@ -9,7 +9,6 @@ from lorikeet.adapters.base_weights import BaseWeights
 from lorikeet.adapters.exchange import read_adapter, write_adapter
 from lorikeet.adapters.folder import load_adapter, save_adapter
 from lorikeet.adapters.match import mismatches
-from lorikeet.adapters.merge import MergeReport, merge
 from lorikeet.adapters.normal import normalize
 from lorikeet.adapters.probe import Shift, logit_shift
 from lorikeet.adapters.schema import AdapterInfo, read_adapter_config
@@ -23,7 +22,6 @@ __all__ = [
     "Anatomy",
     "BaseWeights",
     "Combined",
-    "MergeReport",
     "Shift",
     "Spectrum",
     "Tokens",
@@ -32,7 +30,6 @@ __all__ = [
     "examine",
     "load_adapter",
     "logit_shift",
-    "merge",
     "mismatches",
     "normalize",
     "read_adapter",

@@ -156,7 +156,8 @@ def load_adapter(
         allow_mismatch: only warn of another base or tokenizer.
 
     Raises:
-        AdapterError: the folder cannot be read or does not fit; lists every problem.
+        AdapterError: the folder cannot be read or does not fit, or the adapter changes nothing;
+            lists every problem.
     """
     info = adapters.read_adapter_config(Path(folder))
     differences = adapters.mismatches(info.provenance, **_identity(base))
@@ -164,7 +165,10 @@ def load_adapter(
         raise AdapterError(f"the adapter in {folder} does not belong to this model:", differences)
     for difference in differences:
         console.warn(f"the adapter in {folder}: {difference}")
-    return adapters.load_adapter(base.model, Path(folder))
+    adapters.load_adapter(base.model, Path(folder))
+    probe = Renderer(base.tokenizer).prompt([{"role": "user", "content": "Hello! Who are you?"}])
+    console.note(f"the adapter is applied: {adapters.logit_shift(base.model, probe)}")
+    return info
 
 
 def push_to_hub(

@@ -159,6 +159,21 @@ def test_a_file_holds_the_factors_and_nothing_more(tiny: Tiny, tmp_path: Path) -
     assert numbers == adapter.size == expected
 
 
+def test_a_files_size_is_that_of_its_ranks(tmp_path: Path) -> None:
+    """30 blocks of width 576, as SmolLM-135M has them, at rank 16."""
+    sizes = {"q_proj": (576, 576), "k_proj": (192, 576), "v_proj": (192, 576), "o_proj": (576, 576)}
+    sizes |= {"gate_proj": (1536, 576), "up_proj": (1536, 576), "down_proj": (576, 1536)}
+    updates = {
+        f"model.layers.{block}.{leaf}": Update(torch.randn(16, i), torch.randn(o, 16), 1.0)
+        for block in range(30)
+        for leaf, (o, i) in sizes.items()
+    }
+    write_adapter(Adapter(updates), tmp_path / "a")
+    expected = 4 * 16 * 30 * sum(map(sum, sizes.values()))
+    found = sum(path.stat().st_size for path in (tmp_path / "a").iterdir())
+    assert expected <= found < 1.02 * expected
+
+
 def break_key(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
     tensors["base_model.model.x.lora_C.weight"] = tensors.pop(sorted(tensors)[0])
 

@@ -97,6 +97,10 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
         "phi",
         {"target_modules": ["q_proj", "fc1"], "bias": "lora_only"},
     ),
+    "biases of modules to save": (
+        "phi",
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "bias": "all"},
+    ),
     "everything": (
         "phi",
         {

@@ -45,7 +45,22 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """
     pickled = not (folder / TENSORS_FILE).exists() and (folder / PICKLE_FILE).exists()
     path = inside(folder, PICKLE_FILE if pickled else TENSORS_FILE)
-    return _unpickle(path) if pickled else _load(path)
+    return _without_doubles(_unpickle(path) if pickled else _load(path))
+
+
+def _without_doubles(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, each under one name.
+
+    With trained biases PEFT writes those of a module to save three times: under its name, under its
+    wrapper's, and as they were before, which nothing reads.
+    """
+    kept = {}
+    for key, tensor in tensors.items():
+        name = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+        double = name != key and name in tensors and key.endswith(".bias")
+        if not double or (".modules_to_save." in key and not torch.equal(tensor, tensors[name])):
+            kept[key] = tensor
+    return kept
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lorikeet.adapters import Adapter, Update
+from lorikeet.adapters import Adapter, Tokens, Update
 from lorikeet.adapters.anatomy import effective_rank, examine
 from lorikeet.errors import AdapterError
 
@@ -190,3 +190,15 @@ def test_the_summary_is_json() -> None:
     assert found["bytes"] == 4 * found["parameters"]
     assert [m["name"] for m in found["modules"]] == [Q, "lm_head"]
     assert set(found["by_layer"]) == {"0", "other"}
+
+
+def test_what_is_no_update_is_said() -> None:
+    update = Update(torch.ones(1, 2), torch.ones(3, 1), 1.0)
+    adapter = Adapter(
+        {"x": update},
+        whole={"lm_head.weight": torch.ones(2, 2)},
+        tokens=Tokens("embed", (1, 2), torch.ones(2, 4)),
+    )
+    found = " ".join(examine(adapter).findings)
+    assert "trained whole, in no figure above (1): lm_head.weight" in found
+    assert "the rows of 2 tokens were trained" in found

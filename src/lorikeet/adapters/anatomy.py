@@ -129,10 +129,14 @@ class Anatomy:
     Attributes:
         modules: in the order of blocks, those outside of them last.
         copies: base weights that the file repeats beside adapted embeddings.
+        whole: parameters of the base that were trained whole, by name.
+        tokens: single tokens whose rows were trained.
     """
 
     modules: tuple[ModuleAnatomy, ...]
     copies: int = 0
+    whole: tuple[str, ...] = ()
+    tokens: int = 0
 
     @property
     def total(self) -> Group:
@@ -251,7 +255,12 @@ def examine(adapter: Adapter, weights: Callable[[str], Tensor] | None = None) ->
         heading = "the adapter does not fit these base weights:"
         raise AdapterError(heading, misfits[:_SHOWN] + more)
     modules.sort(key=lambda m: (m.layer is None, m.layer or 0, m.name))
-    return Anatomy(tuple(modules), copies=len(adapter.copies))
+    return Anatomy(
+        tuple(modules),
+        copies=len(adapter.copies),
+        whole=tuple(adapter.whole),
+        tokens=len(adapter.tokens.ids) if adapter.tokens else 0,
+    )
 
 
 def _fitting(weight: Tensor, name: str, update: Update) -> Tensor:
@@ -330,6 +339,10 @@ def _findings(anatomy: Anatomy) -> Iterator[str]:
             f"DoRA in {len(dora)} modules: norms are those of the direction's update scale · B A,"
             " before every row is brought to the length of its magnitude"
         )
+    if anatomy.whole:
+        yield listing("trained whole, in no figure above", list(anatomy.whole))
+    if anatomy.tokens:
+        yield f"the rows of {anatomy.tokens} tokens were trained, which are in no figure above"
     if anatomy.copies:
         yield f"the file repeats {anatomy.copies} weights of the base beside adapted embeddings"
 

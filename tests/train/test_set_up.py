@@ -149,6 +149,17 @@ def test_int8_needs_the_fast_path(model: nn.Module, ragged: Callable[..., list[E
 
 
 @pytest.mark.skipif(not can_multiply_int8(), reason="this CPU has no VNNI")
+def test_dora_and_int8_exclude_each_other(
+    tiny: Callable[..., Any],
+    adapted: Callable[..., nn.Module],
+    ragged: Callable[..., list[Example]],
+) -> None:
+    model = adapted(tiny(), dora=True)
+    with pytest.raises(ConfigError, match="no kernels for DoRA"):
+        set_up(model, ragged(4), TrainConfig(int8=True), nll=FastNll())
+    assert not isinstance(set_up(model, ragged(4), TrainConfig(), nll=FastNll()).loss, FastNll)
+
+
 def test_int8_rounds_what_is_frozen(model: nn.Module, ragged: Callable[..., list[Example]]) -> None:
     loss = set_up(model, ragged(4), TrainConfig(int8=True), nll=FastNll()).loss
     assert isinstance(loss, FastNll)

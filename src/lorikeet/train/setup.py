@@ -94,6 +94,8 @@ def set_up(
     """
     keep_freed_memory()
     if carries_dora(model):
+        if config.int8:
+            raise ConfigError("train.int8 has no kernels for DoRA; leave one of the two out")
         nll = token_nll  # what the fast path would take for it anyway
     loss = _in_int8(model, nll) if config.int8 else nll
     fit = None

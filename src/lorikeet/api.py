@@ -27,7 +27,7 @@ from lorikeet.data import Example, Message, Prepared, Renderer
 from lorikeet.errors import AdapterError
 from lorikeet.evaluate import Score, paired_difference
 from lorikeet.lora import inject, parameter_report
-from lorikeet.model import Base, load_model, tokenizer_fingerprint
+from lorikeet.model import Base, load_model
 
 __all__ = [
     "DataConfig",
@@ -139,7 +139,7 @@ def save_adapter(base: Base, folder: str | Path, config: LoraConfig) -> None:
         Path(folder),
         config=config,
         base_model=base.path,
-        provenance=_identity(base),
+        provenance=base.identity,
         tokenizer=base.tokenizer,
     )
 
@@ -160,13 +160,13 @@ def load_adapter(
             lists every problem.
     """
     info = adapters.read_adapter_config(Path(folder))
-    differences = adapters.mismatches(info.provenance, **_identity(base))
+    differences = adapters.mismatches(info.provenance, **base.identity)
     if differences and not allow_mismatch:
         raise AdapterError(f"the adapter in {folder} does not belong to this model:", differences)
     for difference in differences:
         console.warn(f"the adapter in {folder}: {difference}")
     adapters.load_adapter(base.model, Path(folder))
-    probe = Renderer(base.tokenizer).prompt([{"role": "user", "content": "Hello! Who are you?"}])
+    probe = Renderer(base.tokenizer).prompt([{"role": "user", "content": adapters.PROBE}])
     console.note(f"the adapter is applied: {adapters.logit_shift(base.model, probe)}")
     return info
 
@@ -190,11 +190,3 @@ def push_to_hub(
         ConfigError: `repo_id` cannot be a name on the hub.
     """
     return hub.push_to_hub(Path(folder), repo_id, private=private, token=token)
-
-
-def _identity(base: Base) -> dict[str, str]:
-    """What an adapter's provenance says of the model that it belongs to."""
-    return {
-        "base_fingerprint": base.fingerprint,
-        "tokenizer_hash": tokenizer_fingerprint(base.tokenizer),
-    }

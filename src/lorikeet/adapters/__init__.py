@@ -10,12 +10,13 @@ from lorikeet.adapters.exchange import read_adapter, write_adapter
 from lorikeet.adapters.folder import load_adapter, save_adapter
 from lorikeet.adapters.match import mismatches
 from lorikeet.adapters.normal import normalize
-from lorikeet.adapters.probe import Shift, logit_shift
+from lorikeet.adapters.probe import PROBE, Shift, logit_shift
 from lorikeet.adapters.schema import AdapterInfo, read_adapter_config
 from lorikeet.adapters.spectrum import Spectrum, spectrum
 from lorikeet.adapters.swap import AdapterSet
 
 __all__ = [
+    "PROBE",
     "Adapter",
     "AdapterInfo",
     "AdapterSet",

@@ -10,6 +10,9 @@ import torch
 from lorikeet.errors import AdapterError
 from lorikeet.lora import disabled
 
+PROBE = "Hello! Who are you?"
+"""A message that logits can be compared on where there are no data."""
+
 
 class Shift(NamedTuple):
     """Differences of logits with and without the adapter, over all positions and tokens.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lorikeet import console
 from lorikeet.adapters import (
+    PROBE,
     AdapterInfo,
     load_adapter,
     logit_shift,
@@ -14,11 +15,11 @@ from lorikeet.adapters import (
     read_adapter_config,
 )
 from lorikeet.config import RunConfig
-from lorikeet.data import Message, Prepared, Renderer
+from lorikeet.data import Prepared, Renderer
 from lorikeet.errors import AdapterError
 from lorikeet.evaluate import Sample, answer
 from lorikeet.lora import disabled
-from lorikeet.model import Base, load_model, tokenizer_fingerprint
+from lorikeet.model import Base, load_model
 from lorikeet.study.samples import questions
 
 
@@ -72,7 +73,7 @@ def load_subject(
     if info and adapter:
         _check_match(info, base, renderer, allow=allow_mismatch)
         load_adapter(base.model, adapter)
-        shift = logit_shift(base.model, renderer.prompt(_GREETING))
+        shift = logit_shift(base.model, renderer.prompt([{"role": "user", "content": PROBE}]))
         console.note(f"the adapter is applied: {shift}")
     return Subject(base, renderer, info)
 
@@ -83,14 +84,8 @@ def _trained_template(info: AdapterInfo) -> str:
     return name if name in ("chat", "instruction-response", "alpaca") else "auto"
 
 
-_GREETING: list[Message] = [{"role": "user", "content": "Hello! Who are you?"}]
-
-
 def _check_match(info: AdapterInfo, base: Base, renderer: Renderer, *, allow: bool) -> None:
-    found = {
-        "base_fingerprint": base.fingerprint,
-        "tokenizer_hash": tokenizer_fingerprint(base.tokenizer),
-    }
+    found = base.identity
     if info.provenance.get("template") != "none":
         found["template_hash"] = renderer.template_hash
     differences = mismatches(info.provenance, **found)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from lorikeet import console
 from lorikeet.errors import ModelError
 from lorikeet.model.agreement import TokenNll, choose_nll
-from lorikeet.model.fingerprint import fingerprint
+from lorikeet.model.fingerprint import fingerprint, tokenizer_fingerprint
 from lorikeet.model.machine import DTYPES, Machine, choose
 from lorikeet.model.packing import enable_packing
 
@@ -51,6 +51,14 @@ class Base:
     packing: bool
     nll: TokenNll
     path_taken: str
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What an adapter remembers of the model that it belongs to: hashes by name."""
+        return {
+            "base_fingerprint": self.fingerprint,
+            "tokenizer_hash": tokenizer_fingerprint(self.tokenizer),
+        }
 
 
 def load_model(

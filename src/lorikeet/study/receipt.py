@@ -12,7 +12,7 @@ from lorikeet.data import Prepared
 from lorikeet.evaluate import Difference, Score, paired_difference
 from lorikeet.evaluate.samples import Sample
 from lorikeet.files import write_json, write_text
-from lorikeet.model import Base, describe, peak_memory, tokenizer_fingerprint
+from lorikeet.model import Base, describe, peak_memory
 from lorikeet.study.result import RunResult
 
 _PACKAGES = ("lorikeet", "torch", "transformers", "tokenizers", "safetensors")
@@ -22,8 +22,7 @@ def provenance(base: Base, prepared: Prepared, config: RunConfig) -> dict[str, A
     """What an adapter was made from: it travels inside `adapter_config.json`."""
     return {
         "versions": _versions(),
-        "base_fingerprint": base.fingerprint,
-        "tokenizer_hash": tokenizer_fingerprint(base.tokenizer),
+        **base.identity,
         "template": prepared.template_name,
         "template_hash": prepared.template_hash,
         "data_sha256": prepared.sha256,

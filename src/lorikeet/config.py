@@ -330,7 +330,7 @@ def load_config(
         ConfigError: the file cannot be read, or options are unknown or out of bounds; every
             problem is listed.
     """
-    tree = _read_yaml(Path(file)) if file is not None else {}
+    tree = read_yaml(Path(file)) if file is not None else {}
     for name, value in (overrides or {}).items():
         _put(tree, name, value)
     problems = _normalise(tree)
@@ -347,7 +347,8 @@ def load_config(
     return config
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML file's mapping, keys unchecked; one given twice is a `ConfigError`."""
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except FileNotFoundError:

@@ -66,6 +66,10 @@ def _receipt(
         },
         "parameters": {"base": result.parameters.base, "trainable": result.parameters.trainable},
         "data": asdict(prepared.report),
+        "training": {
+            "examples": len(prepared.train),
+            "supervised_tokens": sum(example.supervised_tokens for example in prepared.train),
+        },
         "result": {
             "steps": result.state.step,
             "best_step": result.state.best_step,
@@ -74,7 +78,20 @@ def _receipt(
             "base": result.base.summary() if result.base else None,
             "tuned": result.tuned.summary() if result.tuned else None,
             "difference": difference.summary() if difference else None,
+            "seen": _seen(result),
         },
+    }
+
+
+def _seen(result: RunResult) -> dict[str, Any] | None:
+    """What training did to rows that it showed, beside what it did to those held out."""
+    base, tuned = result.seen_base, result.seen_tuned
+    if base is None or tuned is None:
+        return None
+    return {
+        "base": base.summary(),
+        "tuned": tuned.summary(),
+        "difference": paired_difference(tuned, base).summary(),
     }
 
 

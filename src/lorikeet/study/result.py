@@ -22,6 +22,9 @@ class RunResult:
         tuned: the trained model on the same rows.
         samples: answers of both, side by side.
         seconds: time spent in optimizer steps, before a resume included.
+        seen_base: the base model on some of the rows that were trained on; None without
+            validation rows.
+        seen_tuned: the trained model on the same rows.
     """
 
     folder: RunFolder
@@ -31,3 +34,5 @@ class RunResult:
     tuned: Score | None
     samples: list[Sample]
     seconds: float
+    seen_base: Score | None = None
+    seen_tuned: Score | None = None

@@ -38,6 +38,9 @@ from lorikeet.train import (
 SAMPLES = 3
 """Validation prompts that are answered before and after training."""
 
+SEEN = 100
+"""Most training documents that are scored before and after training, to show over-fitting."""
+
 
 def train_run(config: RunConfig, *, resume: bool = False, label: str = "training") -> RunResult:
     """Do a whole run.
@@ -69,13 +72,13 @@ def train_run(config: RunConfig, *, resume: bool = False, label: str = "training
         },
     )
 
-    before = score(base, prepared, setup)
+    before, seen_before = score(base, prepared, setup), score_seen(base, prepared, setup)
     asked = questions(prepared, renderer, n=SAMPLES)
     first_answers = answer(base.model, renderer, [ids for _, _, ids in asked])
     state = _train(
         base, config, setup, folder, label=label, validate=_validator(base, prepared, setup)
     )
-    after = score(base, prepared, setup)
+    after, seen_after = score(base, prepared, setup), score_seen(base, prepared, setup)
     last_answers = answer(base.model, renderer, [ids for _, _, ids in asked])
     method = config.train.method
     result = RunResult(
@@ -91,6 +94,8 @@ def train_run(config: RunConfig, *, resume: bool = False, label: str = "training
             )
         ],
         seconds=sum(line.get("seconds", 0.0) for line in read_metrics(folder.metrics)),
+        seen_base=seen_before,
+        seen_tuned=seen_after,
     )
     save_tuned(base, config, folder, provenance(base, prepared, config))
     if method == "lora":
@@ -139,6 +144,28 @@ def score(base: Base, prepared: Prepared, setup: Setup) -> Score | None:
     return evaluate(
         base.model,
         prepared.validation,
+        max_tokens=setup.steps.max_tokens,
+        packing=base.packing,
+        nll=base.nll,
+    )
+
+
+def score_seen(base: Base, prepared: Prepared, setup: Setup) -> Score | None:
+    """The model as it is now on rows that it trains on; None without validation rows.
+
+    They are spread over what the first epoch visits, as many as there are validation documents
+    and at most `SEEN`: beside the validation rows they show how much of what was learnt carries
+    over.
+    """
+    order = setup.steps.order
+    steps = min(setup.total_steps, order.steps_per_epoch)
+    visited = [index for step in range(steps) for index in order.indices(step)]
+    n = min(SEEN, len(prepared.validation), len(visited))
+    if not n:
+        return None
+    return evaluate(
+        base.model,
+        [prepared.train[visited[i * len(visited) // n]] for i in range(n)],
         max_tokens=setup.steps.max_tokens,
         packing=base.packing,
         nll=base.nll,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorikeet.config import DataConfig
 from lorikeet.data.batch import permutation
@@ -59,6 +59,8 @@ class Prepared:
     Attributes:
         train: examples to train on, in file order.
         validation: examples held out, in file order; may be empty.
+        units_train: the number of the row (from 0; of the window, of a single document) that each
+            example of `train` comes from.
         rows_train: the row that each example of `train` shows; for a window of a long document
             the text of that window.
         rows_validation: the same for `validation`.
@@ -72,6 +74,7 @@ class Prepared:
 
     train: list[Example]
     validation: list[Example]
+    units_train: list[int]
     rows_train: list[Row]
     rows_validation: list[Row]
     layout: Layout
@@ -80,6 +83,16 @@ class Prepared:
     sha256: str
     validation_sha256: str | None
     report: Report
+
+    def first(self, n: int) -> Prepared:
+        """The same data as if it had `n` rows to train on and hold out; held out are the same."""
+        kept = sum(unit < n for unit in self.units_train)
+        return replace(
+            self,
+            train=self.train[:kept],
+            units_train=self.units_train[:kept],
+            rows_train=self.rows_train[:kept],
+        )
 
 
 def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
@@ -107,23 +120,28 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
     held_out: _Source | None = None
     if isinstance(config.validation, str):
         held_out = _Source.read(config.validation, renderer, split=config.split, limit=None)
-        train, validation = source.units, held_out.units
+        train, validation = list(range(len(source.units))), held_out.units
     else:
-        train, validation = _split(source.units, config.validation, seed=seed)
-    everything = [rendered for unit in [*train, *validation] for rendered in unit]
-    kept_train, kept_validation = _kept(train), _kept(validation)
+        train, held = _split(len(source.units), config.validation, seed=seed)
+        validation = [source.units[i] for i in held]
+    kept_train = [(i, rendered) for i in train for rendered in _kept(source.units[i])]
+    kept_validation = [rendered for unit in validation for rendered in _kept(unit)]
+    used = [*(source.units[i] for i in train), *validation]
     plain = source.layout.name == "text"
     return Prepared(
-        train=[rendered.example for rendered in kept_train],
+        train=[rendered.example for _, rendered in kept_train],
         validation=[rendered.example for rendered in kept_validation],
-        rows_train=[rendered.row for rendered in kept_train],
+        units_train=[unit for unit, _ in kept_train],
+        rows_train=[rendered.row for _, rendered in kept_train],
         rows_validation=[rendered.row for rendered in kept_validation],
         layout=source.layout,
         template_name="none" if plain else renderer.template_name,
         template_hash=hashlib.sha256(b"").hexdigest() if plain else renderer.template_hash,
         sha256=source.sha256,
         validation_sha256=held_out.sha256 if held_out else None,
-        report=_report(everything, rows=source.n_rows + (held_out.n_rows if held_out else 0)),
+        report=_report(
+            [r for u in used for r in u], rows=source.n_rows + (held_out.n_rows if held_out else 0)
+        ),
     )
 
 
@@ -197,19 +215,15 @@ class _Source:
         return _Source(units, layout, rows.sha256, len(rows.rows))
 
 
-def _split(
-    units: Sequence[list[Rendered]], share: float, *, seed: int
-) -> tuple[list[list[Rendered]], list[list[Rendered]]]:
-    """Hold out a share, at least one unit of two or more if the share is not zero."""
-    n = len(units)
+def _split(n: int, share: float, *, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers to train on and to hold out: at least one of two or more if the share is not zero."""
     held = min(max(round(share * n), 1), n - 1) if share else 0
     chosen = set(permutation(n, f"{seed}/split")[:held])
-    train = [unit for i, unit in enumerate(units) if i not in chosen]
-    return train, [units[i] for i in sorted(chosen)]
+    return [i for i in range(n) if i not in chosen], sorted(chosen)
 
 
-def _kept(units: Iterable[list[Rendered]]) -> list[Rendered]:
-    return [rendered for unit in units for rendered in unit if any(rendered.example.supervised)]
+def _kept(unit: Iterable[Rendered]) -> list[Rendered]:
+    return [rendered for rendered in unit if any(rendered.example.supervised)]
 
 
 def _report(rendered: Sequence[Rendered], *, rows: int) -> Report:

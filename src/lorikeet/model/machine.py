@@ -137,6 +137,23 @@ def keep_freed_memory() -> None:
         libc.mallopt(parameter, value)
 
 
+def forget_peak_memory(device: torch.device) -> bool:
+    """Let `peak_memory` count from now on, freed memory given back; False where that cannot be."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    if platform.system() != "Linux":
+        return False
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # 5: reset VmHWM
+    except OSError:
+        return False
+    return True
+
+
 def can_multiply_int8() -> bool:
     """Whether the CPU has int8 dot products (VNNI); without, int8 is no faster."""
     capabilities = torch.cpu.get_capabilities()

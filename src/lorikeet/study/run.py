@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from lorikeet import console
 from lorikeet.adapters import read_adapter_config, save_adapter
 from lorikeet.adapters.card import CARD_FILE, Outcome, card
 from lorikeet.config import RunConfig
-from lorikeet.data import Prepared, Renderer, preflight, prepare
+from lorikeet.data import Example, Prepared, Renderer, preflight, prepare
 from lorikeet.errors import ConfigError
 from lorikeet.evaluate import Score, evaluate, paired_difference
 from lorikeet.evaluate.samples import Sample, answer
@@ -59,43 +60,81 @@ def train_run(config: RunConfig, *, resume: bool = False, label: str = "training
     folder = RunFolder(str(config.out))
     folder.check(config, resume=resume)
     base, prepared, renderer = load(config)
-    parameters = make_trainable(base, config)
-    setup = set_up(base.model, prepared.train, config.train, packing=base.packing, nll=base.nll)
-    console.note(_announcement(base, prepared, parameters, setup, config))
-    folder.claim(
-        config,
-        {
-            "data": prepared.sha256,
-            "validation data": prepared.validation_sha256,
-            "weights of the base model": base.fingerprint,
-            "template": prepared.template_hash,
-        },
+    return run_on(base, prepared, renderer, config, label=label, announce=console.note)
+
+
+@dataclass(frozen=True)
+class View:
+    """What a model makes of the rows of a run.
+
+    Attributes:
+        score: on the validation rows; None without any.
+        answers: to the first of them (`questions`).
+    """
+
+    score: Score | None
+    answers: list[str]
+
+
+def look(base: Base, prepared: Prepared, renderer: Renderer, *, max_tokens: int) -> View:
+    """Measure and ask the model as it is now."""
+    asked = questions(prepared, renderer, n=SAMPLES)
+    return View(
+        score(base, prepared.validation, max_tokens=max_tokens),
+        answer(base.model, renderer, [ids for _, _, ids in asked]),
     )
 
-    before, seen_before = score(base, prepared, setup), score_seen(base, prepared, setup)
-    asked = questions(prepared, renderer, n=SAMPLES)
-    first_answers = answer(base.model, renderer, [ids for _, _, ids in asked])
+
+def run_on(
+    base: Base,
+    prepared: Prepared,
+    renderer: Renderer,
+    config: RunConfig,
+    *,
+    label: str = "training",
+    announce: Callable[[str], None] = lambda text: None,
+    before: View | None = None,
+) -> RunResult:
+    """Do a run on a loaded model, which keeps what it learnt.
+
+    Args:
+        base: the model; it carries nothing yet.
+        prepared: the data.
+        renderer: made the data.
+        config: the options; `out` is a folder that has been checked.
+        label: what the progress bar calls it.
+        announce: gets a few lines on what is about to be done.
+        before: what is known of the base on these validation rows; found out if None.
+    """
+    folder = RunFolder(str(config.out))
+    parameters = make_trainable(base, config)
+    setup = set_up(base.model, prepared.train, config.train, packing=base.packing, nll=base.nll)
+    announce(_announcement(base, prepared, parameters, setup, config))
+    folder.claim(config, identify(base, prepared))
+
+    before = before or look(base, prepared, renderer, max_tokens=setup.steps.max_tokens)
+    seen = _seen(prepared, setup)
+    seen_before = score(base, seen, max_tokens=setup.steps.max_tokens)
     state = _train(
         base, config, setup, folder, label=label, validate=_validator(base, prepared, setup)
     )
-    after, seen_after = score(base, prepared, setup), score_seen(base, prepared, setup)
-    last_answers = answer(base.model, renderer, [ids for _, _, ids in asked])
+    after = look(base, prepared, renderer, max_tokens=setup.steps.max_tokens)
     method = config.train.method
     result = RunResult(
         folder=folder,
         parameters=parameters,
         state=state,
-        base=before,
-        tuned=after,
+        base=before.score,
+        tuned=after.score,
         samples=[
             Sample(prompt, reference, {"base": first, method: last})
             for (prompt, reference, _), first, last in zip(
-                asked, first_answers, last_answers, strict=True
+                questions(prepared, renderer, n=SAMPLES), before.answers, after.answers, strict=True
             )
         ],
         seconds=sum(line.get("seconds", 0.0) for line in read_metrics(folder.metrics)),
         seen_base=seen_before,
-        seen_tuned=seen_after,
+        seen_tuned=score(base, seen, max_tokens=setup.steps.max_tokens),
     )
     save_tuned(base, config, folder, provenance(base, prepared, config))
     if method == "lora":
@@ -137,21 +176,15 @@ def make_trainable(base: Base, config: RunConfig) -> ParameterReport:
     return parameter_report(base.model)
 
 
-def score(base: Base, prepared: Prepared, setup: Setup) -> Score | None:
-    """The model as it is now on the validation rows; None without any."""
-    if not prepared.validation:
+def score(base: Base, examples: Sequence[Example], *, max_tokens: int) -> Score | None:
+    """The model as it is now on held-out rows; None without any."""
+    if not examples:
         return None
-    return evaluate(
-        base.model,
-        prepared.validation,
-        max_tokens=setup.steps.max_tokens,
-        packing=base.packing,
-        nll=base.nll,
-    )
+    return evaluate(base.model, examples, max_tokens=max_tokens, packing=base.packing, nll=base.nll)
 
 
-def score_seen(base: Base, prepared: Prepared, setup: Setup) -> Score | None:
-    """The model as it is now on rows that it trains on; None without validation rows.
+def _seen(prepared: Prepared, setup: Setup) -> list[Example]:
+    """Some of what a run trains on; none without validation rows.
 
     They are spread over what the first epoch visits, as many as there are validation documents
     and at most `SEEN`: beside the validation rows they show how much of what was learnt carries
@@ -161,15 +194,17 @@ def score_seen(base: Base, prepared: Prepared, setup: Setup) -> Score | None:
     steps = min(setup.total_steps, order.steps_per_epoch)
     visited = [index for step in range(steps) for index in order.indices(step)]
     n = min(SEEN, len(prepared.validation), len(visited))
-    if not n:
-        return None
-    return evaluate(
-        base.model,
-        [prepared.train[visited[i * len(visited) // n]] for i in range(n)],
-        max_tokens=setup.steps.max_tokens,
-        packing=base.packing,
-        nll=base.nll,
-    )
+    return [prepared.train[visited[i * len(visited) // n]] for i in range(n)]
+
+
+def identify(base: Base, prepared: Prepared) -> dict[str, str | None]:
+    """What a run stands on that its options cannot tell, by what it is called in an error."""
+    return {
+        "data": prepared.sha256,
+        "validation data": prepared.validation_sha256,
+        "weights of the base model": base.fingerprint,
+        "template": prepared.template_hash,
+    }
 
 
 def save_tuned(base: Base, config: RunConfig, folder: RunFolder, made_by: dict[str, Any]) -> None:
@@ -265,7 +300,7 @@ def _validator(base: Base, prepared: Prepared, setup: Setup) -> Callable[[], flo
         return None
 
     def validate() -> float:
-        scored = score(base, prepared, setup)
+        scored = score(base, prepared.validation, max_tokens=setup.steps.max_tokens)
         assert scored is not None
         return scored.nll
 

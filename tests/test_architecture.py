@@ -48,7 +48,7 @@ FLOORS = {
 HOMES = {
     "transformers": ["model/"],
     "datasets": ["data/source.py"],
-    "matplotlib": ["study/plots.py"],
+    "matplotlib": ["study/plots/"],
     "fastapi": ["serve/"],
     "bitsandbytes": ["model/quant.py"],
 }

@@ -1,8 +1,7 @@
-"""Pictures. matplotlib is needed for them alone, and imported when one is asked for."""
+"""Heat maps of what an adapter does to which weights."""
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,33 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorikeet.adapters.anatomy import Anatomy
-from lorikeet.errors import ConfigError
 from lorikeet.files import disk_errors
+from lorikeet.study.plots.style import new_figure, plain, render, require_plots, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SUFFIXES = (".png", ".svg")
+_STYLE: dict[Any, Any] = {"svg.hashsalt": "lorikeet", "svg.fonttype": "none", "font.size": 9}
 _COLOURS = "viridis"  # light grows with the value: readable with any colour vision, and in grey
 _CELL = 0.36  # inches
 _MOST_ROWS = 40  # rows that are named, and whose figures are written, one by one
-
-
-def require_plots(path: Path) -> None:
-    """Find out whether a picture can be made, before the work for it is done.
-
-    Raises:
-        ConfigError: the suffix is none of ours, or matplotlib is not installed.
-    """
-    if path.suffix.lower() not in _SUFFIXES:
-        raise ConfigError(f"{path} must end in {' or '.join(_SUFFIXES)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "pictures need matplotlib, which is not installed: pip install 'lorikeet[plots]'"
-        ) from None
 
 
 def plot_anatomy(anatomy: Anatomy, path: Path, *, title: str = "") -> None:
@@ -54,30 +37,19 @@ def plot_anatomy(anatomy: Anatomy, path: Path, *, title: str = "") -> None:
         StorageError: the disk refused the write.
     """
     require_plots(path)
-    from matplotlib import rc_context
-
-    # Text stays text in an SVG; its ids come from a fixed salt instead of a random one.
-    style: dict[Any, Any] = {"svg.hashsalt": "lorikeet", "svg.fonttype": "none", "font.size": 9}
     kind = path.suffix.lower()[1:]
-    timeless: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
-    content = io.BytesIO()
-    with rc_context(style):
-        figure = _figure(anatomy, title)
-        figure.savefig(content, format=kind, dpi=150, metadata=timeless)
+    with styled(_STYLE):
+        content = render(_figure(anatomy, title), kind, dpi=150)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.getvalue())
+        path.write_bytes(content)
 
 
 def _figure(anatomy: Anatomy, title: str) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     kinds, layers = list(anatomy.by_kind()), anatomy.layers
     width = 2 * (max(2.2, _CELL * len(kinds)) + 1.6)
     height = min(max(2.0, _CELL * len(layers)), 16) + 2.0
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(height, width=width)
     moved, ranks = figure.subplots(1, 2, sharey=True)
     norms = np.full((len(layers), len(kinds)), np.nan)
     effective = norms.copy()
@@ -101,7 +73,7 @@ def _figure(anatomy: Anatomy, title: str) -> Figure:
     ranks.tick_params(axis="y", labelleft=False)
     moved.set_ylabel("block")
     if title:
-        figure.suptitle(_plain(title))
+        figure.suptitle(plain(title))
     return figure
 
 
@@ -123,15 +95,10 @@ def _figures(value: float) -> str:
 
 
 def _label(axes: Axes, kinds: list[str], names: list[str]) -> None:
-    axes.set_xticks(range(len(kinds)), [_plain(kind) for kind in kinds])
+    axes.set_xticks(range(len(kinds)), [plain(kind) for kind in kinds])
     axes.tick_params(axis="x", length=2, rotation=50)
     for label in axes.get_xticklabels():
         label.set(ha="right", rotation_mode="anchor")
     step = -(-len(names) // _MOST_ROWS)
     rows = [row for row in range(len(names)) if row % step == 0 or names[row] == "other"]
     axes.set_yticks(rows, [names[row] for row in rows])
-
-
-def _plain(text: str) -> str:
-    """Text that matplotlib does not take for a formula."""
-    return text.replace("$", r"\$")

@@ -59,8 +59,8 @@ class Prepared:
     Attributes:
         train: examples to train on, in file order.
         validation: examples held out, in file order; may be empty.
-        units_train: the number of the row (from 0; of the window, of a single document) that each
-            example of `train` comes from.
+        units: rows of `data.path`; windows, of a single document.
+        units_train: the number of the row (or window), from 0, that each example of `train` shows.
         rows_train: the row that each example of `train` shows; for a window of a long document
             the text of that window.
         rows_validation: the same for `validation`.
@@ -74,6 +74,7 @@ class Prepared:
 
     train: list[Example]
     validation: list[Example]
+    units: int
     units_train: list[int]
     rows_train: list[Row]
     rows_validation: list[Row]
@@ -85,10 +86,11 @@ class Prepared:
     report: Report
 
     def first(self, n: int) -> Prepared:
-        """The same data as if it had `n` rows to train on and hold out; held out are the same."""
+        """The same data with the first `n` rows alone; held out is what was held out of all."""
         kept = sum(unit < n for unit in self.units_train)
         return replace(
             self,
+            units=min(n, self.units),
             train=self.train[:kept],
             units_train=self.units_train[:kept],
             rows_train=self.rows_train[:kept],
@@ -131,6 +133,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
     return Prepared(
         train=[rendered.example for _, rendered in kept_train],
         validation=[rendered.example for rendered in kept_validation],
+        units=len(source.units),
         units_train=[unit for unit, _ in kept_train],
         rows_train=[rendered.row for _, rendered in kept_train],
         rows_validation=[rendered.row for rendered in kept_validation],

@@ -14,6 +14,7 @@ from lorikeet.model.machine import (
     can_multiply_int8,
     choose,
     describe,
+    forget_peak_memory,
     keep_freed_memory,
     peak_memory,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "empty_model",
     "fingerprint",
     "fit_memory",
+    "forget_peak_memory",
     "init_model",
     "int8_weights",
     "keep_freed_memory",

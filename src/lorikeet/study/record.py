@@ -37,7 +37,7 @@ class Trial:
         method: "base", "lora", "full", or what a comparison calls a variant ("dora").
         settings: the options that the study varies (`lora.r`) and their values here.
         seed: `train.seed`.
-        rows: rows of data that were its to train on.
+        rows: rows of the data that were its to use; the held-out ones are among them.
         r: rank; None for the base and full fine-tuning.
         learning_rate: peak; None for the base.
         parameters: of the base model.

@@ -29,6 +29,7 @@ from lorikeet.train import (
     Hooks,
     MetricsLog,
     Setup,
+    Sparing,
     TensorBoard,
     TrainState,
     fit,
@@ -94,6 +95,7 @@ def run_on(
     label: str = "training",
     announce: Callable[[str], None] = lambda text: None,
     before: View | None = None,
+    sparing: bool = False,
 ) -> RunResult:
     """Do a run on a loaded model, which keeps what it learnt.
 
@@ -105,6 +107,7 @@ def run_on(
         label: what the progress bar calls it.
         announce: gets a few lines on what is about to be done.
         before: what is known of the base on these validation rows; found out if None.
+        sparing: without `train.save_every`, save as often as costs next to nothing.
     """
     folder = RunFolder(str(config.out))
     parameters = make_trainable(base, config)
@@ -115,9 +118,8 @@ def run_on(
     before = before or look(base, prepared, renderer, max_tokens=setup.steps.max_tokens)
     seen = _seen(prepared, setup)
     seen_before = score(base, seen, max_tokens=setup.steps.max_tokens)
-    state = _train(
-        base, config, setup, folder, label=label, validate=_validator(base, prepared, setup)
-    )
+    validate = _validator(base, prepared, setup)
+    state = _train(base, config, setup, folder, label=label, validate=validate, sparing=sparing)
     after = look(base, prepared, renderer, max_tokens=setup.steps.max_tokens)
     method = config.train.method
     result = RunResult(
@@ -149,7 +151,24 @@ def load(config: RunConfig) -> tuple[Base, Prepared, Renderer]:
     Raises:
         InputError: either cannot be loaded, or there is nothing to learn from the data.
     """
-    base = load_model(
+    base = load_base(config)
+    prepared = prepare(config.data, base.tokenizer, seed=config.train.seed)
+    for warning in preflight(prepared, tokenizer=base.tokenizer, max_length=config.data.max_length):
+        console.warn(warning)
+    renderer = Renderer(
+        base.tokenizer, template=config.data.template, max_length=config.data.max_length
+    )
+    return base, prepared, renderer
+
+
+def load_base(config: RunConfig) -> Base:
+    """Load the model that the options name.
+
+    Raises:
+        ModelError: there is none, or it is broken.
+        ConfigError: the device or dtype is not to be had here.
+    """
+    return load_model(
         config.model.path,
         dtype=config.model.dtype,
         device=config.model.device,
@@ -158,13 +177,6 @@ def load(config: RunConfig) -> tuple[Base, Prepared, Renderer]:
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
     )
-    prepared = prepare(config.data, base.tokenizer, seed=config.train.seed)
-    for warning in preflight(prepared, tokenizer=base.tokenizer, max_length=config.data.max_length):
-        console.warn(warning)
-    renderer = Renderer(
-        base.tokenizer, template=config.data.template, max_length=config.data.max_length
-    )
-    return base, prepared, renderer
 
 
 def make_trainable(base: Base, config: RunConfig) -> ParameterReport:
@@ -248,6 +260,7 @@ def _train(
     *,
     label: str,
     validate: Callable[[], float] | None,
+    sparing: bool,
 ) -> TrainState:
     options = config.train
     checkpoints = Checkpoints(folder.checkpoints, keep_last=options.keep_last)
@@ -268,12 +281,16 @@ def _train(
             for sink in sinks:
                 sink(line)
 
+        def save(state: TrainState) -> None:
+            checkpoints.save(state, setup.optimizer)
+
+        often = sparing and options.save_every is None
         hooks = Hooks(
             record=record,
             validate=validate,
             eval_every=options.eval_every,
-            save=lambda state: checkpoints.save(state, setup.optimizer),
-            save_every=options.save_every,
+            save=Sparing(save, setup.total_steps) if often else save,
+            save_every=1 if often else options.save_every,
             improved=(lambda _: checkpoints.save_best(setup.optimizer))
             if options.patience
             else None,

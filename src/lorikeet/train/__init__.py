@@ -5,7 +5,7 @@ from lorikeet.train.metrics import MetricsLog, TensorBoard, read_metrics
 from lorikeet.train.optimizer import Optimizer
 from lorikeet.train.schedule import Schedule
 from lorikeet.train.setup import Setup, Steps, set_up
-from lorikeet.train.state import Checkpoints, TrainState
+from lorikeet.train.state import Checkpoints, Sparing, TrainState
 
 __all__ = [
     "Checkpoints",
@@ -14,6 +14,7 @@ __all__ = [
     "Optimizer",
     "Schedule",
     "Setup",
+    "Sparing",
     "Steps",
     "TensorBoard",
     "TrainState",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import pickle
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -115,6 +117,36 @@ class Checkpoints:
     def _all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         return sorted(file.parent for file in self.folder.glob("step-*/state.pt"))
+
+
+SPARE_SECONDS = 2.0
+"""Least time between two checkpoints that nobody asked for."""
+
+SPARE_SHARE = 0.02
+"""Most of a run's time that goes into them."""
+
+
+class Sparing:
+    """Called after every step, saves when that is cheap beside what went on since the last time.
+
+    Args:
+        save: writes a checkpoint.
+        total_steps: of the run; the last one is always saved.
+    """
+
+    def __init__(self, save: Callable[[TrainState], None], total_steps: int) -> None:
+        self._save = save
+        self._total = total_steps
+        self._next = perf_counter() + SPARE_SECONDS
+
+    def __call__(self, state: TrainState) -> None:
+        """Save, or leave it for now."""
+        started = perf_counter()
+        last = state.step == self._total or state.stopped
+        if last or started >= self._next:
+            self._save(state)
+            ended = perf_counter()
+            self._next = ended + max(SPARE_SECONDS, (ended - started) / SPARE_SHARE)
 
 
 def _write(content: dict[str, Any], path: Path) -> None:

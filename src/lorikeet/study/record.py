@@ -232,7 +232,7 @@ def short(option: str) -> str:
 
 def _label(trial: Trial) -> str:
     varied = {key: v for key, v in _unseeded(trial.settings).items() if key != "train.method"}
-    parts = [f"{short(option)}={_shown(value)}" for option, value in varied.items()]
+    parts = [f"{short(option)}={shown(value)}" for option, value in varied.items()]
     return " ".join([trial.method, *parts])
 
 
@@ -240,7 +240,9 @@ def _unseeded(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {option: value for option, value in settings.items() if option != SEED}
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """An option's value in a table."""
+    """An option's value in a table."""
     if isinstance(value, list | tuple):
         return "+".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

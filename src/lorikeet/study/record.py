@@ -242,7 +242,6 @@ def _unseeded(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def shown(value: object) -> str:
     """An option's value in a table."""
-    """An option's value in a table."""
     if isinstance(value, list | tuple):
         return "+".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

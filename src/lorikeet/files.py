@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lorikeet.errors import StorageError
+
+if sys.platform != "win32":
+    import fcntl
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _RUST_REASON = re.compile(r"([^:]+) \(os error (\d+)\)")
@@ -121,6 +125,32 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def only_here(folder: Path) -> Iterator[None]:
+    """Within the block no other process that asks can work in `folder`, which is made if needed.
+
+    The system gives the lock back when the process ends, however it does. Without such locks
+    (Windows) nothing is checked.
+
+    Raises:
+        StorageError: another process holds it, or the disk refused.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w", encoding="ascii")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StorageError(
+                f"another process is at work in {folder}; wait for it, or choose another folder"
+            ) from None
+        yield
 
 
 def remove_drafts(folder: Path) -> None:

@@ -20,6 +20,8 @@ VERBS = {
     "eval": "measure a model, with or without an adapter",
     "preview": "show what will be trained on, tokens coloured by mask",
     "plan": "parameters, memory and time before anything runs",
+    "compare": "base, LoRA and full fine-tuning under one protocol",
+    "sweep": "ranks x rows x seeds ..., every combination measured alike",
     "generate": "answer prompts",
     "adapter inspect": "what an adapter does to which modules, and how it was made",
     "adapter combine": "sum, subtract, scale or merge adapters into one",

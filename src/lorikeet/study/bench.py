@@ -32,6 +32,9 @@ from lorikeet.train import read_metrics
 BASE = "base"
 """Name of the trial that trains nothing."""
 
+OTHER = 200
+"""Most documents of the second text that are scored, spread over all of it."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -84,26 +87,27 @@ class Bench:
             supervise=config.data.supervise,
         )
         self._shared, self.held_out = _hold_out(protocol, prepared, self._other(base))
-        self.identity = identify(base, prepared)
-        self.asked = [
-            Question(prompt, reference)
-            for prompt, reference, _ in questions(self._shared, self.renderer, n=SAMPLES)
-        ]
+        asked = questions(self._shared, self.renderer, n=SAMPLES)
+        folder.stand_on(
+            {**identify(base, prepared), **_facts(base, prepared, self.held_out)},
+            [Question(prompt, reference) for prompt, reference, _ in asked],
+        )
 
-    def base_trial(self) -> Trial:
-        """The base model as it is, on the rows that every trial is measured on."""
+    def measure_base(self) -> Trial:
+        """The base model as it is, on the rows that every trial is measured on; written down."""
         base = self._loaded(self.protocol.config)
         view = self._view(base)
-        return Trial(
+        trial = Trial(
             name=BASE,
             method=BASE,
             parameters=_size(base.model),
-            saved_bytes=0,
             test=self._score(base, self.held_out.test, seen=view),
             other=self._score(base, self.held_out.other),
             validation=view.score if self.protocol.halves else None,
             answers=view.answers,
         )
+        self.folder.keep(trial)
+        return trial
 
     def do(self, planned: Planned, *, label: str = "") -> Trial:
         """Do a trial, or go on with it, and write down what it found.
@@ -113,7 +117,7 @@ class Bench:
         Raises:
             KeyboardInterrupt: the user's wish to stop is not a failure of the trial.
         """
-        trial = _about(planned)
+        trial = about(planned)
         try:
             trial = self._run(planned, trial, label or planned.name)
         except Exception as error:  # a failed trial must not take the others with it
@@ -191,7 +195,9 @@ class Bench:
         text = DataConfig(
             path=self.protocol.other, validation=0.0, max_length=length, supervise="everything"
         )
-        return prepare(text, base.tokenizer, seed=0).train
+        windows = prepare(text, base.tokenizer, seed=0).train
+        n = min(len(windows), OTHER)
+        return [windows[i * len(windows) // n] for i in range(n)]
 
     def _view(self, base: Base) -> View:
         """What this base makes of the held-out rows that runs see."""
@@ -269,17 +275,33 @@ def _hold_out(
     )
 
 
-def _about(planned: Planned) -> Trial:
-    """What is known of a trial before it runs."""
+def about(planned: Planned, *, error: str | None = None) -> Trial:
+    """What is known of a trial before it runs, or of one that could not."""
     config = planned.config
     return Trial(
         name=planned.name,
         method=planned.method,
         settings=dict(planned.settings),
         seed=config.train.seed,
+        rows=config.data.limit or 0,
         r=config.lora.r if config.train.method == "lora" else None,
         learning_rate=config.train.peak,
+        error=error,
     )
+
+
+def _facts(base: Base, prepared: Prepared, held_out: HeldOut) -> dict[str, int | str]:
+    """Sizes that a reader of the results wants to know."""
+    return {
+        "template name": prepared.template_name,
+        "rows": prepared.units,
+        "training examples": len(prepared.train),
+        "validation documents": len(held_out.validation),
+        "test documents": len(held_out.test),
+        "test tokens": sum(example.supervised_tokens for example in held_out.test),
+        "documents of the second text": len(held_out.other),
+        "dtype": base.machine.dtype_name,
+    }
 
 
 def _filled(

@@ -1,16 +1,18 @@
-"""What the trials of a study share, and where they leave what they found."""
+"""What the trials of a study share, and the folder where they leave what they found."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from lorikeet.config import RunConfig
-from lorikeet.files import write_json
-from lorikeet.study.record import Trial
+from lorikeet.errors import ConfigError
+from lorikeet.files import only_here, remove_drafts, write_json, write_text
+from lorikeet.study.record import Question, Trial
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,61 @@ class StudyFolder:
         self.runs = self.path / "runs"
         self.trials = self.path / "trials"
         self.metrics = self.path / "metrics.json"
+
+    @contextmanager
+    def working(self, plan: str) -> Iterator[None]:
+        """Within the block the folder is this study's, and no other process works in it.
+
+        Args:
+            plan: what is to be done, as YAML; equal for the same study, which then goes on.
+
+        Raises:
+            ConfigError: the folder holds another study, or something else.
+            StorageError: another process works in it, or the disk refused.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"--out {self.path} is a file; give a folder")
+        with only_here(self.path):
+            self._claim(plan)
+            yield
+
+    def _claim(self, plan: str) -> None:
+        if self.plan.is_file():
+            if self.plan.read_text(encoding="utf-8") != plan:
+                raise ConfigError(
+                    f"{self.path} holds another study ({self.plan} tells which); run the same one"
+                    " again to go on with it, or choose another --out"
+                )
+        elif any(not p.name.startswith(".") for p in self.path.iterdir()):
+            raise ConfigError(f"{self.path} is not empty and holds no study; choose another --out")
+        remove_drafts(self.path)
+        write_text(self.plan, plan)
+
+    def stand_on(self, inputs: Mapping[str, Any], asked: Sequence[Question]) -> None:
+        """Remember which data and weights the study stands on, and what it asks.
+
+        Raises:
+            ConfigError: it was begun on others.
+        """
+        if self.inputs.is_file():
+            before = json.loads(self.inputs.read_text(encoding="utf-8"))
+            changed = [key for key, value in inputs.items() if before.get(key) != value]
+            if changed:
+                raise ConfigError(
+                    f"the study in {self.path} was begun on something else under the same names;"
+                    " put it back to go on, or start anew in another --out. Changed:",
+                    changed,
+                )
+        questions = [{"prompt": q.prompt, "reference": q.reference} for q in asked]
+        write_json(self.inputs, {**inputs, "questions": questions})
+
+    def stood_on(self) -> tuple[dict[str, Any], list[Question]]:
+        """What `stand_on` remembered; empty before."""
+        if not self.inputs.is_file():
+            return {}, []
+        found = json.loads(self.inputs.read_text(encoding="utf-8"))
+        asked = [Question(**question) for question in found.pop("questions")]
+        return found, asked
 
     def run(self, name: str) -> Path:
         """The run folder of a trial."""

@@ -31,6 +31,11 @@ def provenance(base: Base, prepared: Prepared, config: RunConfig) -> dict[str, A
     }
 
 
+def surroundings() -> dict[str, Any]:
+    """Versions and machine, for a study's receipt."""
+    return {"versions": _versions(), "machine": describe()}
+
+
 def write_results(result: RunResult, base: Base, prepared: Prepared, config: RunConfig) -> None:
     """Write `samples.jsonl`, `report.md` and, last of all, `receipt.json`."""
     folder = result.folder

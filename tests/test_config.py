@@ -51,6 +51,7 @@ def test_the_list_of_options_is_deliberate() -> None:
         "lora.modules_to_save",
         "lora.bias",
         "lora.trainable_tokens",
+        "lora.new_tokens",
         "data.path",
         "data.split",
         "data.limit",

@@ -7,101 +7,26 @@ text. `load_config` merges a file and flags, and reports every problem at once.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from lorikeet.errors import ConfigError
-
-
-def _split_commas(value: object) -> object:
-    """A flag gives `a,b`; a YAML file gives a list."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return value
-
-
-def _parse_mapping(value: object) -> object:
-    """A flag gives `{q_proj: 8}` or `q_proj=8,k_proj=4`; a YAML file gives a mapping."""
-    if not isinstance(value, str):
-        return value
-    expected = f"expected q_proj=8,k_proj=4 or {{q_proj: 8}}, found {value!r}"
-    if value.lstrip().startswith("{"):
-        try:
-            return yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(expected) from None
-    parts = [part.rpartition("=") for part in value.split(",") if part.strip()]
-    if not all(key for key, _, _ in parts):
-        raise ValueError(expected)
-    return {key.strip(): size.strip() for key, _, size in parts}
-
-
-def _parse_numbers(value: object) -> object:
-    """`2-5` means 2, 3, 4 and 5; `0,3` and lists of integers are taken as they are."""
-    if isinstance(value, int):
-        return [value]
-    if not isinstance(value, str):
-        return value
-    found: list[int] = []
-    for part in value.split(","):
-        first, _, last = part.partition("-")
-        if not (first.strip().isdigit() and (not last or last.strip().isdigit())):
-            raise ValueError(f"expected numbers such as '0,3' or '2-5', found {value!r}")
-        numbers = range(int(first), int(last or first) + 1)
-        if not numbers:
-            raise ValueError(f"{part.strip()} runs backwards; expected numbers such as '2-5'")
-        found.extend(numbers)
-    return found
-
-
-def _targets(value: object) -> object:
-    """A single name stays a string when it is `all-linear` or a regular expression."""
-    parts = _split_commas(value)
-    if isinstance(value, str) and (value == "all-linear" or not _is_name_list(value)):
-        return value
-    return parts
-
-
-def _share_or_file(value: object) -> object:
-    """A flag's `0.2` is a share; anything that is not a number is a file."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return value
-    if isinstance(value, (int, float)) and not 0 <= value < 1:
-        raise ValueError("expected a share from 0 up to (not including) 1, or a file")
-    return value
-
-
-def _is_name_list(value: str) -> bool:
-    return all(c.isalnum() or c in "_,. " for c in value)
-
-
-def _bytes(value: object) -> object:
-    """`6GB`, `800 MB` or a number of bytes; decimal units, and binary ones (GiB) too."""
-    if not isinstance(value, str) or value.strip().isdigit():
-        return value
-    match = re.fullmatch(r"([\d.]+)\s*([kmgt])(i?)b?", value.strip().lower())
-    if match is None:
-        raise ValueError(f"expected a size such as 6GB or 800MB, found {value!r}")
-    number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** ("kmgt".index(unit) + 1))
-
-
-Memory = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
-Names = Annotated[list[str], BeforeValidator(_split_commas)]
-Targets = Annotated[str | list[str], BeforeValidator(_targets)]
-Layers = Annotated[list[int], BeforeValidator(_parse_numbers)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_parse_numbers)]
-IntMap = Annotated[dict[str, int], BeforeValidator(_parse_mapping)]
-FloatMap = Annotated[dict[str, float], BeforeValidator(_parse_mapping)]
+from lorikeet.values import (
+    BRANCHES,
+    FloatMap,
+    IntMap,
+    Layers,
+    Memory,
+    Names,
+    ShareOrFile,
+    Targets,
+    Tokens,
+)
 
 
 class _Section(BaseModel):
@@ -166,14 +91,25 @@ class LoraConfig(_Section):
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="biases that are trained: none, all, or those of adapted modules"
     )
-    trainable_tokens: Tokens | None = Field(None, description="token ids whose rows are trained")
+    trainable_tokens: Tokens | None = Field(
+        None, description="token ids whose rows are trained: 5,9 of the embedding, or by module"
+    )
+    new_tokens: Names | None = Field(
+        None, description="texts that become tokens (a,b), with rows of their own that are trained"
+    )
 
     @model_validator(mode="after")
-    def _one_variant(self) -> LoraConfig:
+    def _entries_agree(self) -> LoraConfig:
         if self.dora and self.init == "pissa":
             raise ValueError("lora.dora and lora.init pissa cannot be combined; choose one")
-        if len(set(self.trainable_tokens or ())) < len(self.trainable_tokens or ()):
-            raise ValueError("lora.trainable_tokens names a token twice")
+        tokens = self.trainable_tokens or []
+        for ids in tokens.values() if isinstance(tokens, dict) else [tokens]:
+            if len(set(ids)) < len(ids):
+                raise ValueError("lora.trainable_tokens names a token twice")
+        if len(set(self.new_tokens or ())) < len(self.new_tokens or ()):
+            raise ValueError("lora.new_tokens names a text twice")
+        if "" in (self.new_tokens or ()):
+            raise ValueError("lora.new_tokens holds an empty text")
         return self
 
 
@@ -192,7 +128,7 @@ class DataConfig(_Section):
         "all",
         description="which tokens count: all completions, the last completion, or everything",
     )
-    validation: Annotated[float | str, BeforeValidator(_share_or_file)] = Field(
+    validation: ShareOrFile = Field(
         0.1, description="share of rows held out (0 for none), or a file of its own"
     )
 
@@ -444,7 +380,7 @@ def suggest(name: str, known: set[str]) -> str:
 
 
 def _describe(item: Any) -> str:
-    name = ".".join(str(part) for part in item["loc"] if part not in ("str", "float", "list[str]"))
+    name = ".".join(str(part) for part in item["loc"] if part not in BRANCHES)
     found = item.get("input")
     message = str(item["msg"]).removeprefix("Value error, ")
     return f"{name}: {message} (found {found!r})" if name else message

@@ -94,7 +94,7 @@ def _check(args: argparse.Namespace) -> int:
     """The size of a shard in bytes, after a look at how the flags go together."""
     from pydantic import TypeAdapter, ValidationError
 
-    from lorikeet.config import Memory
+    from lorikeet.values import Memory
 
     problems = []
     shard_bytes = 0

@@ -197,7 +197,7 @@ def test_what_is_no_update_is_said() -> None:
     adapter = Adapter(
         {"x": update},
         whole={"lm_head.weight": torch.ones(2, 2)},
-        tokens=Tokens("embed", (1, 2), torch.ones(2, 4)),
+        tokens=(Tokens("embed", (1, 2), torch.ones(2, 4)),),
     )
     found = " ".join(examine(adapter).findings)
     assert "trained whole, in no figure above (1): lm_head.weight" in found

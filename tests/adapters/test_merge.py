@@ -201,8 +201,8 @@ def test_rows_of_single_tokens(
     ids, rows = (3, 47, 11), torch.randn(3, 16)
     model.get_input_embeddings().weight.data[list(ids)] = rows
     tokens = Tokens(embedding.removesuffix(".weight"), ids, rows)
-    report = merge(base, Adapter({}, tokens=tokens), tmp_path / "out")
-    assert report.merged == (tokens.embedding,)
+    report = merge(base, Adapter({}, tokens=(tokens,)), tmp_path / "out")
+    assert report.merged == (tokens.module,)
     assert not report.untied
     assert_close(logits(load(tmp_path / "out")), logits(model), atol=1e-5, rtol=1e-5)
     assert torch.equal(weights(tmp_path / "out")[embedding], model.get_input_embeddings().weight)

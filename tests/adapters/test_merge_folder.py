@@ -136,23 +136,23 @@ def test_what_was_trained_whole_must_fit_too(base: Path, adapter: Adapter, tmp_p
 
 def test_rows_that_do_not_fit(tiny: Tiny, base: Path, adapter: Adapter, tmp_path: Path) -> None:
     def message(base: Path, adapter: Adapter, **tokens: object) -> str:
-        own = Tokens(**{"embedding": "model.embed_tokens", "ids": (1, 2), **tokens})  # type: ignore[arg-type]
-        return refused(base, replace(adapter, tokens=own), tmp_path / "out")
+        own = Tokens(**{"module": "model.embed_tokens", "ids": (1, 2), **tokens})  # type: ignore[arg-type]
+        return refused(base, replace(adapter, tokens=(own,)), tmp_path / "out")
 
     rows = torch.ones(2, 16)
     assert "misshapen (1): model.embed_tokens.weight is [48, 16], the adapter has rows [2, 15]" in (
         message(base, adapter, rows=torch.ones(2, 15))
     )
-    assert "up to token 48" in message(base, adapter, rows=rows, ids=(1, 48))
-    assert "has rows [2, 16] up to token 2" in message(base, adapter, rows=rows, ids=(2,))
-    assert "no such weight (1): x.weight" in message(base, adapter, rows=rows, embedding="x")
+    assert "does not have (1): lm_head.weight: 48" in message(base, adapter, rows=rows, ids=(1, 48))
+    assert "has rows [2, 16] of 1 tokens" in message(base, adapter, rows=rows, ids=(2,))
+    assert "no such weight (1): x.weight" in message(base, adapter, rows=rows, module="x")
     head = Update(torch.ones(1, 16), torch.ones(48, 1), 1.0)
     tied = save_base(tiny("llama-tied"), tmp_path / "tied")
     found = message(tied, Adapter({"lm_head": head}), rows=rows)
     assert "single tokens beside another change of their weight (1): model.embed_tokens" in found
     whole = {"model.embed_tokens.weight": torch.ones(48, 16)}
     assert "single tokens beside" in message(base, replace(adapter, whole=whole), rows=rows)
-    other = replace(adapter, tokens=Tokens("model.embed_tokens", (1, 2), rows))
+    other = replace(adapter, tokens=(Tokens("model.embed_tokens", (1, 2), rows),))
     untied = replace(other, updates={"lm_head": head})  # the head has a weight of its own
     assert merge(base, untied, tmp_path / "out").merged == ("lm_head", "model.embed_tokens")
 

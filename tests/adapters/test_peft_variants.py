@@ -14,9 +14,11 @@ import torch
 from peft_folders import Logits, Tiny, randomise, renamed, save_ours, unknown_key
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
 from lorikeet.adapters import AdapterSet, load_adapter, read_adapter, save_adapter, write_adapter
 from lorikeet.adapters.algebra import combine
+from lorikeet.adapters.merge import merge
 from lorikeet.config import LoraConfig
 from lorikeet.errors import AdapterError
 from lorikeet.lora import (
@@ -215,8 +217,8 @@ def test_trained_tokens_travel(tiny: Tiny, logits: Logits, tmp_path: Path, case:
     )
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in of_peft.items()}
     by_itself = read_adapter(tmp_path / "theirs")
-    assert by_itself.tokens is not None
-    assert by_itself.tokens.ids == tuple(tokens)
+    assert len(by_itself.tokens) == 1
+    assert by_itself.tokens[0].ids == tuple(tokens)
     assert by_itself.size == sum(t.numel() for t in of_peft.values())
     write_adapter(by_itself, tmp_path / "rewritten")
     remove(again)
@@ -305,7 +307,7 @@ def test_tokens_that_the_model_lacks_are_refused(tiny: Tiny, trained: Path) -> N
     path = trained / "adapter_config.json"
     raw = {**json.loads(path.read_text()), "trainable_token_indices": [3, 48]}
     path.write_text(json.dumps(raw))
-    with pytest.raises(AdapterError, match=r"(?s)embedding of 48 rows lacks: 48"):
+    with pytest.raises(AdapterError, match=r"at least 49 tokens, and the base has 48"):
         load_adapter(tiny("llama"), trained)
 
 
@@ -327,25 +329,53 @@ def test_rows_are_no_updates_to_add(trained: Path) -> None:
         combine([read_adapter(trained)], [0.5])
 
 
+NAMED: dict[str, tuple[str, dict[str, list[int]]]] = {
+    "the embedding": ("llama", {"embed_tokens": [3, 9]}),
+    "the head": ("llama", {"lm_head": [9, 3]}),
+    "both": ("llama", {"embed_tokens": [3, 9], "lm_head": [9, 3]}),
+    "both, by full names": ("llama", {"model.embed_tokens": [3], "lm_head": [40, 1]}),
+    "a tied embedding": ("llama-tied", {"embed_tokens": [3, 9]}),
+    "a tied head": ("llama-tied", {"lm_head": [3, 9]}),
+    "tied, the same": ("llama-tied", {"embed_tokens": [3, 9], "lm_head": [3, 9]}),
+    "tied, others": ("llama-tied", {"embed_tokens": [3, 9], "lm_head": [9, 5]}),
+}
+
+
 @quiet
-def test_tokens_of_a_named_embedding(tiny: Tiny, logits: Logits, tmp_path: Path) -> None:
-    """PEFT may say which embedding it means; ours is the input's, and only that."""
+@pytest.mark.parametrize("case", NAMED)
+def test_tokens_of_named_modules(tiny: Tiny, logits: Logits, tmp_path: Path, case: str) -> None:
+    """PEFT may say whose rows it means, both ways; a merge has them too."""
+    family, tokens = NAMED[case]
     options = {"target_modules": ["q_proj"], "r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
-    for named, fits in (("embed_tokens", True), ("lm_head", False)):
-        config = peft.LoraConfig(**options, trainable_token_indices={named: [3, 9]})
-        theirs = peft.get_peft_model(tiny("llama"), config).eval()
-        randomise(every_trained(theirs))
-        theirs.save_pretrained(str(tmp_path / named))
-        model = tiny("llama")
-        if fits:
-            load_adapter(model, tmp_path / named)
-            assert_close(logits(model), logits(theirs), atol=1e-5, rtol=1e-5)
-            continue
-        with pytest.raises(AdapterError) as caught:
-            load_adapter(model, tmp_path / named)
-        assert "missing (1): base_model.model.model.embed_tokens.token" in str(caught.value)
-        assert "unexpected (1): base_model.model.lm_head.token" in str(caught.value)
-        assert not trained_anything(model)
+    config = peft.LoraConfig(**options, trainable_token_indices=tokens)
+    theirs = peft.get_peft_model(tiny(family), config).eval()
+    randomise(every_trained(theirs))
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    model = tiny(family)
+    base = model.save_pretrained(str(tmp_path / "base")) or tmp_path / "base"
+    plain = logits(model)
+    info = load_adapter(model, tmp_path / "theirs")
+    assert_close(logits(model), logits(theirs), atol=1e-5, rtol=1e-5)
+    with disabled(model):
+        assert torch.equal(logits(model), plain)
+    save_adapter(model, tmp_path / "ours", config=info.config, base_model="tiny", provenance={})
+    write_adapter(read_adapter(tmp_path / "theirs"), tmp_path / "rewritten")
+    for name in ("ours", "rewritten"):
+        read = peft.PeftModel.from_pretrained(tiny(family), str(tmp_path / name))
+        assert_close(logits(read), logits(theirs), atol=1e-5, rtol=1e-5)
+    merge(base, read_adapter(tmp_path / "ours"), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_close(logits(merged), logits(theirs), atol=1e-5, rtol=1e-5)
+    assert merged.config.tie_word_embeddings == (case in ("a tied embedding", "tied, the same"))
+
+
+def test_rows_of_no_table_are_refused(tiny: Tiny, trained: Path) -> None:
+    path = trained / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    for tokens, named in (({"q_proj": [3, 9]}, "'q_proj' names none of them"),):
+        path.write_text(json.dumps({**raw, "trainable_token_indices": tokens}))
+        with pytest.raises(AdapterError, match=named):
+            load_adapter(tiny("llama"), trained)
 
 
 def trained_anything(model: torch.nn.Module) -> bool:

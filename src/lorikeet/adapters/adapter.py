@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lorikeet.errors import AdapterError
+from lorikeet.lora import Vocabulary
 
 Kind = Literal["linear", "conv1d", "embedding"]
 
@@ -68,18 +69,18 @@ class Update:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tokens:
-    """Rows of the input embedding that take the places of the base's.
+    """Rows of the input embedding or the head that take the places of the base's, or are new.
 
     A head that shares the embedding's weight has the same rows; whether it does is for the model to
     say.
 
     Attributes:
-        embedding: the full name of the module, such as `model.embed_tokens`.
+        module: its full name, such as `model.embed_tokens`.
         ids: whose rows they are, each once.
         rows: float32 [n, dim].
     """
 
-    embedding: str
+    module: str
     ids: tuple[int, ...]
     rows: Tensor
 
@@ -95,9 +96,11 @@ class Adapter:
         dropout: on the updates' input in training.
         whole: parameters of the base that were trained whole, by full name: those of the modules in
             `modules_to_save`, and biases as `bias` says (PEFT's "none", "all", "lora_only").
-        tokens: the single tokens that were trained; None if there are none.
-        copies: PEFT's copies of base weights beside an adapted embedding, by the name of the
-            base's parameter; they must equal the base's own and are not written again.
+        tokens: the rows of single tokens that were trained, by module.
+        vocabulary: what the base's vocabulary has gained, as far as the adapter says it.
+        copies: PEFT's copies of base weights, by the name of the base's parameter; they must equal
+            the base's own as far as the base has those rows. Those of adapted modules are not
+            written again.
     """
 
     updates: Mapping[str, Update]
@@ -108,11 +111,12 @@ class Adapter:
     whole: Mapping[str, Tensor] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
     bias: Literal["none", "all", "lora_only"] = "none"
-    tokens: Tokens | None = None
+    tokens: tuple[Tokens, ...] = ()
+    vocabulary: Vocabulary | None = None
 
     @property
     def size(self) -> int:
         """Numbers in all factors and magnitudes, in what was trained whole and in tokens' rows."""
         tensors = [t for u in self.updates.values() for t in (u.A, u.B, u.magnitude)]
-        tensors += [*self.whole.values(), *([self.tokens.rows] if self.tokens else [])]
+        tensors += [*self.whole.values(), *(tokens.rows for tokens in self.tokens)]
         return sum(t.numel() for t in tensors if t is not None)

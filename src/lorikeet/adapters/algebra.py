@@ -259,7 +259,7 @@ def _misfits(adapters: Sequence[Adapter]) -> Iterator[str]:
         if adapter.tokens:
             yield listing(
                 f"adapter {number} holds rows of trained tokens, which are no updates to add",
-                [str(token) for token in adapter.tokens.ids],
+                [str(n) for own in adapter.tokens for n in own.ids],
             )
         bad = [m for m, update in adapter.updates.items() if not _finite(update)]
         if bad:

@@ -259,7 +259,7 @@ def examine(adapter: Adapter, weights: Callable[[str], Tensor] | None = None) ->
         tuple(modules),
         copies=len(adapter.copies),
         whole=tuple(adapter.whole),
-        tokens=len(adapter.tokens.ids) if adapter.tokens else 0,
+        tokens=len({n for own in adapter.tokens for n in own.ids}),
     )
 
 

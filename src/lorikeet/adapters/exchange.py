@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from lorikeet.adapters.adapter import Adapter, Kind, Tokens, Update
+from lorikeet.adapters.checkpoint import is_head
 from lorikeet.adapters.files import TENSORS_FILE, read_tensors
 from lorikeet.adapters.fit import listing
 from lorikeet.adapters.names import (
@@ -20,11 +23,12 @@ from lorikeet.adapters.names import (
     base_parameter,
     place,
     tensor_name,
-    token_embedding,
+    token_module,
     token_name,
     whole_key,
 )
 from lorikeet.adapters.schema import CONFIG_FILE, AdapterInfo, read_adapter_config, to_peft
+from lorikeet.adapters.vocabulary import KEY, recorded
 from lorikeet.config import LoraConfig
 from lorikeet.errors import AdapterError
 from lorikeet.files import atomic_folder
@@ -47,8 +51,8 @@ def read_adapter(folder: Path) -> Adapter:
     if problems:
         raise AdapterError(f"the adapter in {folder} is not what it says it is:", problems)
     config = info.config
-    rest = {k: t for k, t in tensors.items() if place(k) is None and token_embedding(k) is None}
-    rows = {name: t for key, t in tensors.items() if (name := token_embedding(key)) is not None}
+    rest = {k: t for k, t in tensors.items() if place(k) is None and token_module(k) is None}
+    found = _token_rows(config, tensors)[0]
     updates: dict[str, Update] = {}
     linear: Kind = "conv1d" if info.conv1d else "linear"
     for module, (embedding, parts) in _by_module(tensors).items():
@@ -65,7 +69,8 @@ def read_adapter(folder: Path) -> Adapter:
         whole={base_parameter(key): t for key, t in rest.items() if _is_whole(config, key)},
         modules_to_save=tuple(config.modules_to_save or ()),
         bias=config.bias,
-        tokens=next((Tokens(n, _ids(config), t.float()) for n, t in rows.items()), None),
+        tokens=tuple(Tokens(name, ids, rows.float()) for name, (ids, rows) in found.items()),
+        vocabulary=recorded(info.provenance),
     )
 
 
@@ -95,21 +100,30 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
     for parameter, tensor in adapter.whole.items():
         adapted = parameter.rpartition(".")[0] in updates
         tensors[whole_key(parameter, adapted=adapted)] = tensor.contiguous()
-    if adapter.tokens:
-        tensors[token_name(adapter.tokens.embedding)] = adapter.tokens.rows.float().contiguous()
+    for parameter, tensor in adapter.copies.items():
+        if parameter.rpartition(".")[0] not in updates:  # it may hold rows that the base lacks
+            tensors.setdefault(whole_key(parameter, adapted=False), tensor.contiguous())
+    for tokens in adapter.tokens:
+        tensors[token_name(tokens.module)] = tokens.rows.float().contiguous()
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise AdapterError("the adapter is not written:", [listing("not finite", bad)])
     described = to_peft(
         _described(updates, adapter),
         base_model=adapter.base_model,
-        provenance=dict(adapter.provenance),
+        provenance=_with_vocabulary(adapter),
         conv1d=any(update.kind == "conv1d" for update in updates.values()),
     )
     text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
     with atomic_folder(folder) as draft:
         (draft / CONFIG_FILE).write_text(text, encoding="utf-8")
         (draft / TENSORS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+def _with_vocabulary(adapter: Adapter) -> dict[str, Any]:
+    """The provenance, saying what the vocabulary has gained."""
+    others = {key: value for key, value in adapter.provenance.items() if key != KEY}
+    return {**others, **({KEY: adapter.vocabulary.summary()} if adapter.vocabulary else {})}
 
 
 def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, tuple[bool, dict[Part, Tensor]]]:
@@ -132,7 +146,7 @@ def _problems(info: AdapterInfo, tensors: Mapping[str, Tensor]) -> Iterator[str]
             key
             for key in tensors
             if place(key) is None
-            and token_embedding(key) is None
+            and token_module(key) is None
             and not _is_copy(key)
             and not _is_whole(info.config, key)
         ],
@@ -160,22 +174,47 @@ def _token_findings(
     config: LoraConfig, tensors: Mapping[str, Tensor], adapted: Collection[str]
 ) -> dict[str, list[str]]:
     """What is wrong with the rows of trained tokens, by kind of finding."""
-    keys = [key for key in tensors if token_embedding(key) is not None]
-    n = len(_ids(config))
-    both = [key for key in keys if token_embedding(key) in adapted]
+    found, missing, unexpected = _token_rows(config, tensors)
+    both = [f"{token_name(name)} of an adapted module" for name in found if name in adapted]
     return {
-        "missing": ["the rows of the trained tokens"] if n and not keys else [],
-        "unexpected": (keys[1:] if n else keys) + [f"{key} of an adapted module" for key in both],
+        "missing": missing,
+        "unexpected": unexpected + both,
         "misshapen": [
-            f"{key} is {list(tensors[key].shape)}, needed are rows of {n} tokens"
-            for key in keys[: bool(n)]
-            if tensors[key].dim() != 2 or len(tensors[key]) != n
+            f"{token_name(name)} is {list(rows.shape)}, needed are rows of {len(ids)} tokens"
+            for name, (ids, rows) in found.items()
+            if rows.dim() != 2 or len(rows) != len(ids)
         ],
     }
 
 
-def _ids(config: LoraConfig) -> tuple[int, ...]:
-    return tuple(config.trainable_tokens or ())
+def _token_rows(
+    config: LoraConfig, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, tuple[tuple[int, ...], Tensor]], list[str], list[str]]:
+    """Ids and rows of trained tokens by module; what is missing, and what is left over.
+
+    Of a tied head PEFT may say the ids once more, and may write the embedding's rows once more.
+    """
+    held = {name: t for key, t in tensors.items() if (name := token_module(key)) is not None}
+    given = config.trainable_tokens or []
+    if isinstance(given, dict):
+        named = {key: [n for n in held if n == key or n.endswith(f".{key}")] for key in given}
+        found = {names[0]: given[key] for key, names in named.items() if len(names) == 1}
+        missing = [
+            f"the rows of the trained tokens of {key}"
+            for key, names in named.items()
+            if len(names) != 1 and given[key] not in found.values()
+        ]
+    else:
+        modules = [name for name in held if not is_head(f"{name}.weight")] or list(held)
+        found = dict.fromkeys(modules[:1], given) if given else {}
+        missing = ["the rows of the trained tokens"] if given and not found else []
+    others = [name for name in held if name not in found]
+    unexpected = [
+        token_name(name)
+        for name in others
+        if not any(torch.equal(held[name], held[own]) for own in found)
+    ]
+    return {name: (tuple(ids), held[name]) for name, ids in found.items()}, missing, unexpected
 
 
 def _misshapen(config: LoraConfig, module: str, parts: Mapping[Part, Tensor]) -> Iterator[str]:
@@ -230,5 +269,12 @@ def _described(updates: Mapping[str, Update], adapter: Adapter) -> LoraConfig:
         dora=any(update.magnitude is not None for update in updates.values()),
         modules_to_save=list(adapter.modules_to_save) or None,
         bias=adapter.bias,
-        trainable_tokens=list(adapter.tokens.ids) if adapter.tokens else None,
+        trainable_tokens=_trainable_tokens(adapter.tokens),
     )
+
+
+def _trainable_tokens(tokens: Sequence[Tokens]) -> list[int] | dict[str, list[int]] | None:
+    """Ids as PEFT has them: those of the embedding alone as a list, else by module."""
+    if len(tokens) == 1 and not is_head(f"{tokens[0].module}.weight"):
+        return list(tokens[0].ids)
+    return {own.module: list(own.ids) for own in tokens} or None

@@ -51,13 +51,13 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def _without_doubles(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors, each under one name.
 
-    With trained biases PEFT writes those of a module to save three times: under its name, under its
-    wrapper's, and as they were before, which nothing reads.
+    With trained biases, or with a vocabulary that has grown, PEFT writes those of a module to save
+    three times: under its name, under its wrapper's, and as they were before, which nothing reads.
     """
     kept = {}
     for key, tensor in tensors.items():
         name = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
-        double = name != key and name in tensors and key.endswith(".bias")
+        double = name != key and name in tensors and key.endswith((".bias", ".weight"))
         if not double or (".modules_to_save." in key and not torch.equal(tensor, tensors[name])):
             kept[key] = tensor
     return kept

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from lorikeet.adapters.names import PREFIX, Part, tensor_name
+from lorikeet.adapters.names import Part, copy_names, tensor_name
 from lorikeet.lora import Target, own_parameters
 
 _SHOWN = 8  # names per kind of finding; the rest is counted
@@ -84,9 +84,7 @@ def _own_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's weights under the names that PEFT saves them by, adapted or not."""
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        module, _, leaf = name.rpartition(".")
-        weights[f"{PREFIX}{name}"] = parameter.detach()
-        weights[f"{PREFIX}{module}.base_layer.{leaf}"] = parameter.detach()
+        weights |= dict.fromkeys(copy_names(name), parameter.detach())
     return weights
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,29 +13,25 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from lorikeet.adapters.files import TENSORS_FILE, read_tensors
-from lorikeet.adapters.fit import listing, misfits
-from lorikeet.adapters.names import Part, tensor_name, token_name, whole_key
-from lorikeet.adapters.schema import CONFIG_FILE, AdapterInfo, read_adapter_config, to_peft
+from lorikeet.adapters.files import TENSORS_FILE
+from lorikeet.adapters.fit import listing
+from lorikeet.adapters.names import token_name, whole_key
+from lorikeet.adapters.parts import masters, read_parts
+from lorikeet.adapters.schema import CONFIG_FILE, AdapterInfo, to_peft
+from lorikeet.adapters.vocabulary import KEY
 from lorikeet.config import LoraConfig
 from lorikeet.errors import AdapterError
 from lorikeet.files import atomic_folder
 from lorikeet.lora import (
-    LoraEmbedding,
-    LoraLayer,
     LoraLinear,
-    TokenEmbedding,
     TokenLayer,
-    inventory,
-    layers_around,
+    Vocabulary,
+    ids_by_table,
     lora_layers,
     match_targets,
-    put_whole,
-    require_plain,
+    tables,
     token_layers,
-    token_layers_around,
-    trained_copies,
-    whole_names,
+    vocabulary,
     whole_parameters,
     wrap,
 )
@@ -70,25 +65,29 @@ def save_adapter(
         folder: the adapter folder.
         config: what the adapter was injected with.
         base_model: path or hub id of the base model, for readers that load it themselves.
-        provenance: goes under the key `lorikeet`: fingerprints, hashes, versions.
+        provenance: goes under the key `lorikeet`: fingerprints, hashes, versions. New tokens that
+            the adapter trains are added to it.
         tokenizer: saved beside the adapter if given.
 
     Raises:
         AdapterError: the model has no adapter, one that `config` does not describe, or values
-            that are not finite.
+            that are not finite; or new rows that it changes are not in it.
         StorageError: the disk refused a write; what was in `folder` is untouched.
     """
-    with _without_tokens(model) as tokens:
-        tensors = _adapter_tensors(model, tokens)
+    with _without_tokens(model) as rows:
+        tensors = _adapter_tensors(model, rows)
         portable = _portable(model, config)
-    carried = [token for layer in tokens.values() for token in layer.tokens.tolist()]
-    if carried != (config.trainable_tokens or []):
-        raise AdapterError(
-            f"the configuration trains the tokens {config.trainable_tokens or 'none'}, the model"
-            f" {carried or 'none'}; give save_adapter what the adapter was injected with"
-        )
+        carried = {name: layer.tokens.tolist() for name, layer in rows.items()}
+        gained = _gained(model, carried)
+        _check_tokens(model, config, carried, gained.new_rows if gained else [])
+        only_embedding = list(carried) == [tables(model).name] if carried else True
+    indices = next(iter(carried.values()), None) if only_embedding else carried
+    made_by = {key: value for key, value in provenance.items() if key != KEY}
     described = to_peft(
-        portable, base_model=base_model, provenance=provenance, conv1d=_conv1d(model)
+        portable.model_copy(update={"trainable_tokens": indices}),
+        base_model=base_model,
+        provenance=made_by | ({KEY: gained.summary()} if gained else {}),
+        conv1d=_conv1d(model),
     )
     text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
     with atomic_folder(folder) as draft:
@@ -98,128 +97,127 @@ def save_adapter(
             tokenizer.save_pretrained(str(draft))
 
 
-def load_adapter(model: nn.Module, folder: Path) -> AdapterInfo:
+def load_adapter(model: nn.Module, folder: Path, *, tokenizer: Any = None) -> AdapterInfo:
     """Put the adapter of `folder` into `model`: every tensor in its place, or nothing at all.
 
     Masters are float32 whatever the file holds. PEFT writes the base's whole embedding beside an
     adapted one: it is compared with the model's own and not loaded.
 
+    An adapter that was trained with new tokens makes the vocabulary grow first, for good: see
+    `lorikeet.lora.grow`.
+
+    Args:
+        model: the base.
+        folder: the adapter.
+        tokenizer: the base's; needed for an adapter with new tokens, which it learns.
+
     Raises:
         AdapterError: the folder cannot be read, or the adapter does not fit: tensors that are
-            missing, left over, misshapen or not finite, all listed; the model is unchanged.
+            missing, left over, misshapen or not finite, all listed; model and tokenizer are
+            unchanged.
     """
-    info, parts = read_parts(model, folder)
+    info, parts = read_parts(model, folder, tokenizer=tokenizer)
     model.requires_grad_(False)
     parts.put(model)
     return info
 
 
-@dataclass(frozen=True)
-class Parts:
-    """An adapter for a certain model: layers around its modules, and parameters trained whole.
-
-    The layers are those of LoRA and those of trained tokens.
-    """
-
-    layers: dict[str, LoraLayer | TokenLayer]
-    whole: dict[str, nn.Parameter]
-
-    def put(self, model: nn.Module) -> None:
-        """Put them in their places."""
-        put_whole(model, self.whole)
-        wrap(model, self.layers)
-
-
-def read_parts(model: nn.Module, folder: Path) -> tuple[AdapterInfo, Parts]:
-    """The adapter of `folder`, made for the model, which does not use it yet.
-
-    Raises:
-        AdapterError: as `load_adapter`.
-    """
-    require_plain(model)
-    info = read_adapter_config(folder)
-    tensors = read_tensors(folder)
-    match = match_targets(model, info.config)
-    dora = info.config.dora
-    adapted = {target.name for target in match.targets}
-    names = whole_names(model, info.config, adapted)
-    whole = {n: whole_key(n, adapted=n.rpartition(".")[0] in adapted) for n in names}
-    tokens = token_layers_around(
-        model, info.config.trainable_tokens or (), adapted=adapted, whole=names
-    )
-    rows = {token_name(name): layer.rows for name, layer in _embeddings(tokens).items()}
-    shapes = {key: tuple(own.shape) for key, own in rows.items()}
-    problems = list(match.broken) or misfits(
-        model, match.targets, tensors, dora=dora, whole=whole, rows=shapes
-    )
-    if info.conv1d and not any(target.kind == "conv1d" for target in match.targets):
-        problems.append("fan_in_fan_out is True, but no target stores its weight transposed")
-    if problems:
-        raise AdapterError(
-            f"the adapter in {folder} does not fit the model, which has {inventory(model)}:",
-            # An unused entry alone is harmless (PEFT keeps such); beside a misfit it explains.
-            [*problems, *match.unused],
-        )
-    layers = layers_around(model, match.targets, dropout=info.config.dropout, dora=dora)
-    for name, layer in layers.items():
-        for key, master in _masters(name, layer).items():
-            master.detach().copy_(tensors[key])
-    copies = trained_copies(model, whole)
-    for name, copy in copies.items():
-        copy.detach().copy_(tensors[whole[name]])
-    for key, own in rows.items():
-        own.detach().copy_(tensors[key])
-    return info, Parts({**layers, **tokens}, copies)
-
-
 @contextmanager
-def _without_tokens(model: nn.Module) -> Iterator[dict[str, TokenEmbedding]]:
-    """Within the block trained tokens are off the model, whose names are the base's then."""
+def _without_tokens(model: nn.Module) -> Iterator[dict[str, TokenLayer]]:
+    """Within the block trained tokens are off the model, whose names are the base's then.
+
+    Yields the layers that hold rows.
+    """
     layers = token_layers(model)
     wrap(model, {name: layer.base for name, layer in layers.items()})
     try:
-        yield _embeddings(layers)
+        yield {name: layer for name, layer in layers.items() if layer.rows is not None}
     finally:
         wrap(model, layers)
 
 
-def _embeddings(layers: Mapping[str, TokenLayer]) -> dict[str, TokenEmbedding]:
-    """The layers that hold rows."""
-    return {name: layer for name, layer in layers.items() if isinstance(layer, TokenEmbedding)}
+def _gained(model: nn.Module, carried: Mapping[str, Sequence[int]]) -> Vocabulary | None:
+    """What the vocabulary has gained, if the adapter has to do with it.
+
+    Args:
+        model: without its trained tokens.
+        carried: ids by the table of which the adapter has rows.
+
+    Raises:
+        AdapterError: new rows of a table that the adapter changes are not part of it.
+    """
+    grown = vocabulary(model)
+    if grown is None:
+        return None
+    found, new = tables(model), set(grown.new_rows)
+    changed = {name.rpartition(".")[0] for name in whole_parameters(model)}
+    adapted = [name for name in found.all if name in lora_layers(model)]
+    if (
+        not adapted
+        and not changed & set(found.all)
+        and not any(map(new.intersection, carried.values()))
+    ):
+        return None
+    lacking = [
+        name
+        for name in (found.name, *found.heads, *(n for n in found.tied if n in carried))
+        if name not in changed and not new.issubset(carried.get(name, ()))
+    ]
+    if lacking:
+        raise AdapterError(
+            f"the vocabulary has gained {grown}, whose rows are not part of this adapter and would"
+            " be lost; train them too, or load the base anew. Rows are missing of:",
+            lacking,
+        )
+    return grown
 
 
-def _adapter_tensors(
-    model: nn.Module, tokens: Mapping[str, TokenEmbedding]
-) -> dict[str, torch.Tensor]:
+def _check_tokens(
+    model: nn.Module,
+    config: LoraConfig,
+    carried: Mapping[str, Sequence[int]],
+    new: Sequence[int],
+) -> None:
+    """Check that the configuration trains the tokens that the model carries, new ones apart.
+
+    Raises:
+        AdapterError: it does not.
+    """
+    described = ids_by_table(model, config.trainable_tokens)
+    old = [
+        {name: own for name in ids if (own := [n for n in ids[name] if n not in new])}
+        for ids in (described, carried)
+    ]
+    if old[0] != old[1]:
+        raise AdapterError(
+            f"the configuration trains the tokens {_plain(old[0])}, the model {_plain(old[1])};"
+            " give save_adapter what the adapter was injected with"
+        )
+
+
+def _plain(ids: Mapping[str, Sequence[int]]) -> object:
+    """Ids for a message: those of one table alone, without its name."""
+    return next(iter(ids.values())) if len(ids) == 1 else dict(ids) or "none"
+
+
+def _adapter_tensors(model: nn.Module, tokens: Mapping[str, TokenLayer]) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in lora_layers(model).items():
-        for key, master in _masters(name, layer).items():
+        for key, master in masters(name, layer).items():
             tensors[key] = master.detach().to("cpu", torch.float32).contiguous()
     for name, parameter in whole_parameters(model).items():
         key = whole_key(name, adapted=name.rpartition(".")[0] in lora_layers(model))
         tensors[key] = parameter.detach().cpu().contiguous()
-    for name, embedding in tokens.items():
-        rows = embedding.rows.detach().to("cpu", torch.float32)
-        tensors[token_name(name)] = rows.contiguous()
+    for name, own in tokens.items():
+        if own.rows is not None:
+            rows = own.rows.detach().to("cpu", torch.float32)
+            tensors[token_name(name)] = rows.contiguous()
     if not tensors:
         raise AdapterError("the model carries no adapter to save")
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise AdapterError("the adapter is not saved:", [listing("not finite", bad)])
     return tensors
-
-
-def _masters(name: str, layer: LoraLayer) -> dict[str, torch.Tensor]:
-    """What a layer's update is made of, by the names in the file."""
-    embedding = isinstance(layer, LoraEmbedding)
-    parts: dict[Part, torch.Tensor | None] = dict(zip(("A", "B"), layer.factors, strict=True))
-    if isinstance(layer, LoraLinear):
-        parts["magnitude"] = layer.magnitude
-    return {
-        tensor_name(name, part, embedding=embedding): master
-        for part, master in parts.items()
-        if master is not None
-    }
 
 
 def _conv1d(model: nn.Module) -> bool:

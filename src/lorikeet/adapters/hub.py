@@ -9,12 +9,8 @@ from lorikeet.adapters.card import CARD_FILE, is_hub_id
 from lorikeet.adapters.exchange import read_adapter
 from lorikeet.adapters.files import PICKLE_FILE, TENSORS_FILE, inside
 from lorikeet.adapters.schema import CONFIG_FILE
+from lorikeet.adapters.vocabulary import TOKENIZER_FILES
 from lorikeet.errors import AdapterError, ConfigError, LorikeetError
-
-_TOKENIZER = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
-)
 
 
 def push_to_hub(
@@ -71,7 +67,9 @@ def own_files(folder: Path) -> list[str]:
         AdapterError: the configuration is missing, or a file is a link out of the folder.
     """
     tensors = TENSORS_FILE if (folder / TENSORS_FILE).exists() else PICKLE_FILE
-    beside = [name for name in (CARD_FILE, "LICENSE", *_TOKENIZER) if (folder / name).is_file()]
+    beside = [
+        name for name in (CARD_FILE, "LICENSE", *TOKENIZER_FILES) if (folder / name).is_file()
+    ]
     names = [CONFIG_FILE, tensors, *beside]
     for name in names:
         inside(folder, name)

@@ -19,12 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorikeet.adapters.adapter import Adapter, Tokens, Update
+from lorikeet.adapters.adapter import Adapter, Update
 from lorikeet.adapters.checkpoint import WEIGHTS, Checkpoint, blocks_of
-from lorikeet.adapters.plan import Change, make_plan
+from lorikeet.adapters.plan import make_plan
+from lorikeet.adapters.plan_rows import Change, Rows, with_rows
 from lorikeet.adapters.safe import TORCH, Content, write_safe
+from lorikeet.adapters.vocabulary import TOKENIZER_FILES, require_tokens, tokenizer_files
 from lorikeet.errors import AdapterError, ConfigError, ModelError
 from lorikeet.files import atomic_folder
+from lorikeet.lora import Vocabulary
 
 NOTE = "lorikeet.json"
 """Says in a merged folder what was merged into what."""
@@ -66,6 +69,7 @@ def merge(
     adapter: Adapter,
     out: Path,
     *,
+    tokenizer: Path | None = None,
     shard_bytes: int = 5_000_000_000,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
@@ -78,6 +82,8 @@ def merge(
         base: a model folder: safetensors or, failing that, PyTorch pickles of tensors.
         adapter: the adapter.
         out: the new folder; may exist if it is empty or an earlier merge.
+        tokenizer: the adapter's folder, for an adapter with new tokens: its tokenizer takes the
+            place of the base's.
         shard_bytes: the most bytes of one weight file, unless a single tensor has more.
         progress: is told how many tensors are written, and of how many.
 
@@ -93,6 +99,9 @@ def merge(
     config = _read_config(base)
     checkpoint = Checkpoint.open(base)
     plan = make_plan(base, checkpoint, adapter, config)
+    texts = _texts(base)
+    if adapter.vocabulary or plan.rows:
+        texts = _with_tokenizer(texts, tokenizer, adapter.vocabulary)
     contents = {
         name: checkpoint.content(source)
         if change is None
@@ -114,10 +123,12 @@ def merge(
             write_safe(draft / file, own, metadata={"format": "pt"}, written=count)
         if len(shards) > 1:
             _write(draft / f"{WEIGHTS}.index.json", _index(shards, contents))
-        for text in _texts(base):
+        for text in texts:
             shutil.copyfile(text, draft / text.name)
-        if plan.untied:
-            _write(draft / "config.json", _untied(config))
+        if plan.untied or plan.rows:
+            changes: dict[str, Any] = {"tie_word_embeddings": False} if plan.untied else {}
+            changes |= {"vocab_size": plan.rows} if plan.rows else {}
+            _write(draft / "config.json", _with_values(config, changes))
         else:
             shutil.copyfile(base / "config.json", draft / "config.json")
         _write(draft / NOTE, _note(base, adapter, untied=plan.untied))
@@ -137,27 +148,33 @@ def _changed(checkpoint: Checkpoint, source: str, change: Change, name: str) -> 
     """A weight that is computed when it is asked for, a block of rows at a time."""
     entry = checkpoint.entry(source)
     if isinstance(change, Tensor):
-        return Content(entry.dtype, entry.shape, lambda: _rounded(change, entry.dtype, name))
+        shape = tuple(change.shape)
+        return Content(entry.dtype, shape, lambda: _rounded(change, entry.dtype, name))
+    if isinstance(change, Rows):
+        longer = (change.size, *entry.shape[1:])
+        return Content(entry.dtype, longer, lambda: _filled(checkpoint, source, change, name))
     # The norms of DoRA run over a row of W, which a transposed weight stores as a column.
-    whole = isinstance(change, Update) and change.magnitude is not None and change.kind != "linear"
+    whole = change.magnitude is not None and change.kind != "linear"
     ranges = [(0, entry.shape[0])] if whole else list(blocks_of(entry.shape))
 
     def blocks() -> Iterator[Tensor]:
         for start, stop in ranges:
             weight = checkpoint.rows(source, start, stop)
-            if isinstance(change, Update):
-                yield from _rounded(_part(change, start, stop).applied(weight), entry.dtype, name)
-            else:
-                yield from _rounded(_with_rows(weight, change, start), entry.dtype, name)
+            yield from _rounded(_part(change, start, stop).applied(weight), entry.dtype, name)
 
     return Content(entry.dtype, entry.shape, blocks)
 
 
-def _with_rows(weight: Tensor, tokens: Tokens, start: int) -> Tensor:
-    """A block of an embedding that begins with row `start`, with the tokens' rows in it."""
-    ids = torch.tensor(tokens.ids) - start
-    inside = (ids >= 0) & (ids < len(weight))
-    return weight.index_copy(0, ids[inside], tokens.rows.cpu()[inside].to(weight.dtype))
+def _filled(checkpoint: Checkpoint, source: str, change: Rows, name: str) -> Iterator[Tensor]:
+    """The blocks of a table with other rows in it, and then of those that it did not have."""
+    entry = checkpoint.entry(source)
+    for start, stop in blocks_of(entry.shape):
+        weight = checkpoint.rows(source, start, stop)
+        yield from _rounded(with_rows(weight, change, start), entry.dtype, name)
+    added = (change.size - entry.shape[0], *entry.shape[1:])
+    for start, stop in blocks_of(added):
+        weight = torch.zeros(stop - start, *added[1:], dtype=TORCH[entry.dtype])
+        yield from _rounded(with_rows(weight, change, entry.shape[0] + start), entry.dtype, name)
 
 
 def _rounded(exact: Tensor, dtype: str, name: str) -> Iterator[Tensor]:
@@ -232,15 +249,11 @@ def _read_config(base: Path) -> dict[str, Any]:
     return config
 
 
-def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration, saying that embedding and head have a weight each."""
+def _with_values(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with other values, those of its text model too if it has one."""
     text = config.get("text_config")
-    inner = {**text, "tie_word_embeddings": False} if isinstance(text, dict) else None
-    return {
-        **config,
-        "tie_word_embeddings": False,
-        **({"text_config": inner} if inner is not None else {}),
-    }
+    inner = {"text_config": {**text, **changes}} if isinstance(text, dict) else {}
+    return {**config, **changes, **inner}
 
 
 def _texts(base: Path) -> list[Path]:
@@ -257,6 +270,25 @@ def _texts(base: Path) -> list[Path]:
     ]
 
 
+def _with_tokenizer(
+    texts: Sequence[Path], folder: Path | None, gained: Vocabulary | None
+) -> list[Path]:
+    """The small files with the tokenizer of an adapter's folder in the place of the base's.
+
+    Raises:
+        AdapterError: the folder has no tokenizer, or one without the tokens that were gained.
+    """
+    own = tokenizer_files(folder) if folder else []
+    if not own or folder is None:
+        raise AdapterError(
+            "the adapter brings new tokens, but its folder has no tokenizer (tokenizer.json) that"
+            " knows them; save the one that it was trained with there"
+        )
+    require_tokens(folder, gained)
+    names = {path.name for path in own}
+    return [*(path for path in texts if path.name not in (*names, *TOKENIZER_FILES)), *own]
+
+
 def _note(base: Path, adapter: Adapter, *, untied: bool) -> dict[str, Any]:
     return {
         "base": str(base),
@@ -269,8 +301,7 @@ def _note(base: Path, adapter: Adapter, *, untied: bool) -> dict[str, Any]:
 
 def _names(adapter: Adapter) -> tuple[str, ...]:
     """What an adapter changes."""
-    rows = [adapter.tokens.embedding] if adapter.tokens else []
-    return (*adapter.updates, *adapter.whole, *rows)
+    return (*adapter.updates, *adapter.whole, *(own.module for own in adapter.tokens))
 
 
 def _version() -> str:

@@ -56,18 +56,31 @@ def whole_key(parameter: str, *, adapted: bool) -> str:
     return f"{PREFIX}{module}.base_layer.{leaf}" if adapted else f"{PREFIX}{parameter}"
 
 
-def token_name(embedding: str) -> str:
-    """The name in the file of the rows of trained tokens."""
-    return f"{PREFIX}{embedding}{_TOKENS}"
+def token_name(module: str) -> str:
+    """The name in the file of the trained rows of an embedding or a head."""
+    return f"{PREFIX}{module}{_TOKENS}"
 
 
-def token_embedding(key: str) -> str | None:
-    """The embedding whose trained rows the tensor of this name holds; None if it holds none."""
+def token_module(key: str) -> str | None:
+    """The module whose trained rows the tensor of this name holds; None if it holds none."""
     if not (key.startswith(PREFIX) and key.endswith(_TOKENS)):
         return None
     return key[len(PREFIX) : -len(_TOKENS)]
 
 
+_COPIES = ("", ".base_layer", ".token_adapter.base_layer")
+"""What PEFT puts between a module and its parameter when it writes the base's own."""
+
+
+def copy_names(parameter: str) -> list[str]:
+    """The names in the file that a parameter of the base may have."""
+    module, _, leaf = parameter.rpartition(".")
+    return [f"{PREFIX}{module}{wrapped}.{leaf}" for wrapped in _COPIES]
+
+
 def base_parameter(key: str) -> str:
     """The base's name of the parameter that a tensor of the file stands for."""
-    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    name = key.removeprefix(PREFIX)
+    for wrapped in reversed(_COPIES[1:]):
+        name = name.replace(f"{wrapped}.", ".")
+    return name

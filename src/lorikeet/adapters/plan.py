@@ -10,18 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorikeet.adapters.adapter import Adapter, Tokens, Update
+from lorikeet.adapters.adapter import Adapter, Update
 from lorikeet.adapters.checkpoint import HEADS, Checkpoint, blocks_of, is_head, leaf
 from lorikeet.adapters.fit import listing
+from lorikeet.adapters.plan_rows import (
+    FLOATING,
+    Finding,
+    Planned,
+    concerns_rows,
+    find_tables,
+    is_longer,
+    put_rows,
+)
 from lorikeet.adapters.safe import TORCH
 from lorikeet.errors import AdapterError
 
-_FLOATING = ("F64", "F32", "F16", "BF16")
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Architectures whose linear layers store their weights transposed."""
-
-Change = Update | Tokens | Tensor
-"""What becomes of a weight: an update of it, other rows, or what was trained whole in its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +36,12 @@ class Plan:
     Attributes:
         tensors: by name, the base's tensor each comes from and what is done to it.
         untied: whether embedding and head, which shared a weight, have one each.
+        rows: rows of embedding and head if the vocabulary has grown, else None.
     """
 
-    tensors: dict[str, tuple[str, Change | None]]
+    tensors: Planned
     untied: bool
+    rows: int | None
 
 
 def make_plan(
@@ -51,7 +58,7 @@ def make_plan(
     Raises:
         AdapterError: the adapter does not fit, with every finding.
     """
-    tensors: dict[str, tuple[str, Change | None]] = {n: (n, None) for n in checkpoint.files}
+    tensors: Planned = {n: (n, None) for n in checkpoint.files}
     findings: dict[str, list[str]] = {}
     may_tie = config.get("tie_word_embeddings") is not False
     headless = may_tie and not any(map(is_head, checkpoint.files))
@@ -75,9 +82,11 @@ def make_plan(
             continue
         name = source if leaf(source) == leaf(parameter) else parameter
         entry, shape = checkpoint.entry(source), tuple(change.shape)
-        if entry.dtype not in _FLOATING:
+        if entry.dtype not in FLOATING:
             found("not a plain floating-point weight (quantised?)", f"{source} is {entry.dtype}")
-        elif entry.shape != shape:
+        elif entry.shape != shape and not (
+            isinstance(change, Tensor) and _shared(parameter) and is_longer(change, entry.shape)
+        ):
             sizes = f"{source} is {list(entry.shape)}, the adapter fits {list(shape)}"
             found("misshapen", sizes)
         elif tensors.get(name, (name, None))[1] is not None:
@@ -91,11 +100,16 @@ def make_plan(
     if untied:
         for problem, which in _untie(tensors, config):
             found(problem, which)
-    if adapter.tokens:
-        for problem, which in _put_tokens(
-            tensors, adapter.tokens, checkpoint, may_tie=may_tie, untied=untied
-        ):
-            found(problem, which)
+    rows = None
+    if concerns_rows(checkpoint, adapter):
+        tables = find_tables(checkpoint, adapter, may_tie=may_tie, untied=untied)
+        if isinstance(tables, tuple):
+            found(*tables)
+        else:
+            for problem, which in put_rows(tensors, tables, checkpoint):
+                found(problem, which)
+            untied = untied or tables.split
+            rows = tables.size if tables.size > tables.base_rows else None
     for parameter, saved in adapter.copies.items():
         source, problem = checkpoint.source(parameter, may_tie=may_tie)
         if source is None:
@@ -105,7 +119,7 @@ def make_plan(
     if findings:
         lines = [listing(what, which) for what, which in findings.items()]
         raise AdapterError(f"the adapter cannot be merged into {base}:", lines)
-    return Plan(tensors, untied)
+    return Plan(tensors, untied, rows)
 
 
 def _shared(tensor: str) -> bool:
@@ -125,9 +139,7 @@ def _turned(adapter: Adapter, config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _untie(
-    tensors: dict[str, tuple[str, Change | None]], config: Mapping[str, Any]
-) -> Iterator[tuple[str, str]]:
+def _untie(tensors: Planned, config: Mapping[str, Any]) -> Iterator[Finding]:
     """Give the head a tensor of its own if it has none; what stands in the way of that."""
     embeddings = [name for name in tensors if leaf(name) in HEADS]
     heads = [name for name in tensors if is_head(name)]
@@ -138,53 +150,14 @@ def _untie(
         yield "cannot tell which embedding is tied to the head", ", ".join(embeddings) or "none"
 
 
-def _put_tokens(
-    tensors: dict[str, tuple[str, Change | None]],
-    tokens: Tokens,
-    checkpoint: Checkpoint,
-    *,
-    may_tie: bool,
-    untied: bool,
-) -> Iterator[tuple[str, str]]:
-    """Plan the rows of single tokens, in a head that shares them too; what stands in the way."""
-    parameter = f"{tokens.embedding}.weight"
-    source, problem = checkpoint.source(parameter, may_tie=may_tie)
-    if source is None:
-        yield problem, parameter
-        return
-    entry, rows = checkpoint.entry(source), tokens.rows
-    if entry.dtype not in _FLOATING:
-        yield "not a plain floating-point weight (quantised?)", f"{source} is {entry.dtype}"
-        return
-    if (len(tokens.ids), *entry.shape[1:]) != rows.shape or max(
-        tokens.ids, default=-1
-    ) >= entry.shape[0]:
-        found = f"rows {list(rows.shape)} up to token {max(tokens.ids, default=-1)}"
-        yield "misshapen", f"{source} is {list(entry.shape)}, the adapter has {found}"
-        return
-    heads = [name for name in checkpoint.files if is_head(name)]
-    twins = [name for name in heads if may_tie and _same(checkpoint, name, source)]
-    linked = may_tie and (not heads or bool(twins))
-    for name in [source, *twins]:
-        if tensors[name][1] is not None or (linked and untied):
-            yield "single tokens beside another change of their weight", name
-        else:
-            tensors[name] = (name, tokens)
-
-
-def _same(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    """Whether two tensors are equal."""
-    a, b = checkpoint.entry(one), checkpoint.entry(other)
-    return (a.dtype, a.shape) == (b.dtype, b.shape) and all(
-        torch.equal(checkpoint.rows(one, *block), checkpoint.rows(other, *block))
-        for block in blocks_of(a.shape)
-    )
-
-
 def _equal(checkpoint: Checkpoint, source: str, saved: Tensor) -> bool:
-    """Whether a copy of a base weight is the base's, in the coarser of the two dtypes."""
+    """Whether a copy of a base weight is the base's, in the coarser of the two dtypes.
+
+    It may have more rows.
+    """
     entry = checkpoint.entry(source)
-    if entry.shape != tuple(saved.shape) or entry.dtype not in TORCH:
+    longer = is_longer(saved, entry.shape)
+    if entry.dtype not in TORCH or not (longer or entry.shape == tuple(saved.shape)):
         return False
     for start, stop in blocks_of(entry.shape):
         own, copy = checkpoint.rows(source, start, stop), saved[start:stop].cpu()

@@ -165,9 +165,6 @@ def _options(raw: dict[str, Any]) -> dict[str, Any]:
     }
     if options["target_modules"] is None:
         del options["target_modules"]  # reported by `_unsupported`
-    tokens = options["trainable_tokens"]
-    if isinstance(tokens, dict) and len(tokens) == 1:  # of one embedding, which the tensors name
-        (options["trainable_tokens"],) = tokens.values()
     return options
 
 

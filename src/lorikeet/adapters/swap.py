@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lorikeet.adapters.folder import Parts, read_parts
+from lorikeet.adapters.parts import Parts, read_parts
 from lorikeet.adapters.schema import AdapterInfo
 from lorikeet.errors import AdapterError
 from lorikeet.lora import remove, require_plain

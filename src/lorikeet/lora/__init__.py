@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lorikeet.lora.grow import add_tokens, grow_vocabulary, growing
 from lorikeet.lora.inject import (
     attach,
     carries_dora,
@@ -28,9 +29,12 @@ from lorikeet.lora.tokens import (
     TokenEmbedding,
     TokenHead,
     TokenLayer,
+    ids_by_table,
     token_layers,
     token_layers_around,
+    trained_ids,
 )
+from lorikeet.lora.vocabulary import NewToken, Tables, Vocabulary, tables, vocabulary
 from lorikeet.lora.whole import (
     own_parameters,
     put_whole,
@@ -45,15 +49,22 @@ __all__ = [
     "LoraLayer",
     "LoraLinear",
     "Match",
+    "NewToken",
     "ParameterReport",
+    "Tables",
     "Target",
     "TokenEmbedding",
     "TokenHead",
     "TokenLayer",
+    "Vocabulary",
+    "add_tokens",
     "attach",
     "carries_dora",
     "disabled",
     "find_targets",
+    "grow_vocabulary",
+    "growing",
+    "ids_by_table",
     "inject",
     "inventory",
     "layers_around",
@@ -66,10 +77,13 @@ __all__ = [
     "remove",
     "require_plain",
     "scaled_rank",
+    "tables",
     "take_whole",
     "token_layers",
     "token_layers_around",
     "trained_copies",
+    "trained_ids",
+    "vocabulary",
     "whole_names",
     "whole_parameters",
     "wrap",

@@ -19,6 +19,7 @@ from lorikeet.lora.tokens import (
     TokenLayer,
     token_layers,
     token_layers_around,
+    trained_ids,
 )
 from lorikeet.lora.whole import (
     put_whole,
@@ -49,7 +50,7 @@ def inject(model: nn.Module, config: LoraConfig, *, seed: int) -> list[Target]:
         raise AdapterError(f"bias is {config.bias!r}, but the model has no such bias to train")
     tokens = token_layers_around(
         model,
-        config.trainable_tokens or (),
+        trained_ids(model, config, whole=names),
         adapted={target.name for target in targets},
         whole=names,
     )
@@ -134,7 +135,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The masters by name: `<module>.lora_A` [r, in], `<module>.lora_B` [out, r], and with DoRA
-    `<module>.magnitude` [out]; of trained tokens `<embedding>.rows` [n, dim]."""
+    `<module>.magnitude` [out]; of trained tokens `<embedding or head>.rows` [n, dim]."""
     return {
         f"{name}.{own}": parameter
         for name, layer in _wrappers(model).items()

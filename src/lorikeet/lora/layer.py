@@ -179,34 +179,19 @@ class LoraLinear(nn.Module):
         return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout:g}{dora}"
 
 
-@final
-class LoraEmbedding(nn.Module):
-    """A frozen embedding and its low-rank update, y = E[x] + scale · (A[:, x])ᵀ Bᵀ.
-
-    Some models (Gemma 3) scale inside the embedding, by its `embed_scale`; the update is scaled
-    with it, as in PEFT, so that `delta` always adds to the stored weight.
+class AroundEmbedding(nn.Module):
+    """What stands in the place of a frozen embedding and answers for it; each kind says how.
 
     Attributes:
         base: the wrapped layer, weight [num_embeddings, embedding_dim].
-        lora_A: float32 [r, num_embeddings].
-        lora_B: float32 [embedding_dim, r].
-        scale: what B A is multiplied by.
         enabled: False makes the layer answer as its base alone does.
     """
 
-    def __init__(self, base: nn.Embedding, *, r: int, scale: float) -> None:
+    def __init__(self, base: nn.Embedding) -> None:
         super().__init__()
         self.base = base
-        sizes = (base.num_embeddings, base.embedding_dim)
-        self.lora_A, self.lora_B = _masters(base.weight, r, *sizes)
-        self.scale = scale
         self.enabled = True
         self.train(base.training)
-
-    @property
-    def r(self) -> int:
-        """Rank of the update."""
-        return self.lora_A.shape[0]
 
     @property
     def weight(self) -> torch.Tensor:
@@ -227,6 +212,33 @@ class LoraEmbedding(nn.Module):
     def padding_idx(self) -> int | None:
         """The row that never receives a gradient, if there is one."""
         return self.base.padding_idx
+
+
+@final
+class LoraEmbedding(AroundEmbedding):
+    """A frozen embedding and its low-rank update, y = E[x] + scale · (A[:, x])ᵀ Bᵀ.
+
+    Some models (Gemma 3) scale inside the embedding, by its `embed_scale`; the update is scaled
+    with it, as in PEFT, so that `delta` always adds to the stored weight.
+
+    Attributes:
+        base: the wrapped layer, weight [num_embeddings, embedding_dim].
+        lora_A: float32 [r, num_embeddings].
+        lora_B: float32 [embedding_dim, r].
+        scale: what B A is multiplied by.
+        enabled: False makes the layer answer as its base alone does.
+    """
+
+    def __init__(self, base: nn.Embedding, *, r: int, scale: float) -> None:
+        super().__init__(base)
+        sizes = (base.num_embeddings, base.embedding_dim)
+        self.lora_A, self.lora_B = _masters(base.weight, r, *sizes)
+        self.scale = scale
+
+    @property
+    def r(self) -> int:
+        """Rank of the update."""
+        return self.lora_A.shape[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map token ids [...] to [..., embedding_dim]."""

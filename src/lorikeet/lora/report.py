@@ -8,7 +8,7 @@ from torch import nn
 
 from lorikeet.lora.inject import lora_layers, lora_parameters
 from lorikeet.lora.targets import leaf_name
-from lorikeet.lora.tokens import TokenEmbedding, token_layers
+from lorikeet.lora.tokens import token_layers
 from lorikeet.lora.whole import own_parameters, whole_parameters
 
 
@@ -42,7 +42,7 @@ def parameter_report(model: nn.Module) -> ParameterReport:
         size = sum(master.numel() for master in layer.parameters(recurse=False))
         by_target[leaf] = by_target.get(leaf, 0) + size
     for name, wrapper in token_layers(model).items():
-        if isinstance(wrapper, TokenEmbedding):
+        if wrapper.rows is not None:
             by_target[f"{leaf_name(name)}, single tokens"] = wrapper.rows.numel()
     for name, parameter in whole_parameters(model).items():
         leaf = f"{leaf_name(name.rpartition('.')[0])}, whole"

@@ -36,7 +36,8 @@ class Base:
         tokenizer: its tokenizer.
         path: the folder or hub id it came from.
         machine: device and dtype it runs with.
-        fingerprint: identifies the weights, whatever their dtype.
+        fingerprint: identifies the weights as they were loaded, whatever their dtype.
+        tokenizer_hash: identifies the tokenizer as it was loaded.
         packing: whether several documents may share a row (probed at load).
         nll: the model's loss function: the fast path where it agrees with the model (probed at
             load), else `token_nll`.
@@ -48,17 +49,18 @@ class Base:
     path: str
     machine: Machine
     fingerprint: str
+    tokenizer_hash: str
     packing: bool
     nll: TokenNll
     path_taken: str
 
     @property
     def identity(self) -> dict[str, str]:
-        """What an adapter remembers of the model that it belongs to: hashes by name."""
-        return {
-            "base_fingerprint": self.fingerprint,
-            "tokenizer_hash": tokenizer_fingerprint(self.tokenizer),
-        }
+        """What an adapter remembers of the model that it belongs to: hashes by name.
+
+        They are those of the model as it was loaded: a vocabulary that grows does not change them.
+        """
+        return {"base_fingerprint": self.fingerprint, "tokenizer_hash": self.tokenizer_hash}
 
 
 def load_model(
@@ -179,7 +181,17 @@ def _ready(model: Any, tokenizer: Any, source: str, machine: Machine, fast: str)
     model.to(machine.device).eval()
     packing = enable_packing(model, device=machine.device)
     nll, path_taken = choose_nll(model, asked=fast, packing=packing)
-    return Base(model, tokenizer, source, machine, fingerprint(model), packing, nll, path_taken)
+    return Base(
+        model=model,
+        tokenizer=tokenizer,
+        path=source,
+        machine=machine,
+        fingerprint=fingerprint(model),
+        tokenizer_hash=tokenizer_fingerprint(tokenizer),
+        packing=packing,
+        nll=nll,
+        path_taken=path_taken,
+    )
 
 
 def _is_local(source: str) -> bool:

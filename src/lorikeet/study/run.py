@@ -17,7 +17,7 @@ from lorikeet.errors import ConfigError
 from lorikeet.evaluate import Score, evaluate, paired_difference
 from lorikeet.evaluate.samples import Sample, answer
 from lorikeet.files import atomic_folder, write_text
-from lorikeet.lora import ParameterReport, carries_dora, inject, parameter_report
+from lorikeet.lora import ParameterReport, carries_dora, grow_vocabulary, inject, parameter_report
 from lorikeet.model import Base, load_model
 from lorikeet.study.folder import RunFolder
 from lorikeet.study.progress import StepProgress
@@ -162,13 +162,14 @@ def load(config: RunConfig) -> tuple[Base, Prepared, Renderer]:
 
 
 def load_base(config: RunConfig) -> Base:
-    """Load the model that the options name.
+    """Load the model that the options name, with the new tokens that they name.
 
     Raises:
         ModelError: there is none, or it is broken.
+        AdapterError: texts that cannot become tokens.
         ConfigError: the device or dtype is not to be had here.
     """
-    return load_model(
+    base = load_model(
         config.model.path,
         dtype=config.model.dtype,
         device=config.model.device,
@@ -177,6 +178,8 @@ def load_base(config: RunConfig) -> Base:
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
     )
+    grow_vocabulary(base.model, base.tokenizer, config.lora.new_tokens)
+    return base
 
 
 def make_trainable(base: Base, config: RunConfig) -> ParameterReport:

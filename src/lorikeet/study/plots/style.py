@@ -178,6 +178,7 @@ def plain(text: str) -> str:
 def inline_svg(made: Picture) -> str:
     """The SVG as a part of a page: ids of its own, the page's font, colours that follow its theme.
 
+    Its description is the element with the id `caption-NAME`.
     A page that holds it sets the variables `--ink`, `--muted`, `--grid`, `--paper`, `--pale` and
     `--series-0` to `--series-7`; where it does not, the colours are those of the file.
     """
@@ -186,6 +187,7 @@ def inline_svg(made: Picture) -> str:
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{made.name}-", text)
     text = re.sub(r"(font: [^;']*?\d(?:\.\d+)?px) [^;\"]*", r"\1 var(--font, sans-serif)", text)
+    text = text.replace("<svg ", f'<svg role="img" aria-labelledby="caption-{made.name}" ', 1)
     for colour, variable in _theme():
         text = text.replace(colour, f"var({variable}, {colour})")
     return text

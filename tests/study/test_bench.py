@@ -14,8 +14,8 @@ from lorikeet.config import RunConfig
 from lorikeet.errors import ConfigError
 from lorikeet.study.bench import OTHER, Bench
 from lorikeet.study.grid import changed
-from lorikeet.study.protocol import Planned, Protocol, StudyFolder
 from lorikeet.study.prose import prose_file
+from lorikeet.study.protocol import Planned, Protocol, StudyFolder
 from lorikeet.study.run import train_run
 
 Small = Callable[..., RunConfig]

@@ -26,7 +26,7 @@ from lorikeet.config import DataConfig, LoraConfig, TrainConfig
 from lorikeet.data import Example, Message, Prepared, Renderer
 from lorikeet.errors import AdapterError
 from lorikeet.evaluate import Score, paired_difference
-from lorikeet.lora import inject, parameter_report
+from lorikeet.lora import grow_vocabulary, inject, parameter_report, unseen_tokens
 from lorikeet.model import Base, load_model
 
 __all__ = [
@@ -68,12 +68,17 @@ def load_data(base: Base, config: DataConfig, *, seed: int = 0) -> Prepared:
 def add_lora(base: Base, config: LoraConfig, *, seed: int = 0) -> LoraConfig:
     """Freeze the model and put adapters into it; they change nothing until they are trained.
 
+    With `config.new_tokens` model and tokenizer learn these first, for good; call `load_data` after
+    that, so that the rows are split into them.
+
     Returns:
         `config`, for `save_adapter`.
 
     Raises:
-        AdapterError: a target matches nothing, or the model carries adapters already.
+        AdapterError: a target matches nothing, the model carries adapters already, or a text
+            cannot become a token.
     """
+    grow_vocabulary(base.model, base.tokenizer, config.new_tokens)
     inject(base.model, config, seed=seed)
     return config
 
@@ -96,6 +101,8 @@ def fit(
     Raises:
         TrainingError: nothing would be learnt, or the loss is not finite.
     """
+    for warning in unseen_tokens(base.model, (example.ids for example in examples)):
+        console.warn(warning)
     if config.method == "full":
         base.model.requires_grad_(True)
     setup = train.set_up(base.model, examples, config, packing=base.packing, nll=base.nll)
@@ -149,6 +156,8 @@ def load_adapter(
 ) -> adapters.AdapterInfo:
     """Put a saved adapter into the model: every tensor in its place, or an error.
 
+    New tokens that the adapter brings are the base's from then on, with or without it.
+
     Args:
         base: the model; it must be the one that the adapter was trained on, as far as the adapter
             says, and so must its tokenizer.
@@ -165,7 +174,7 @@ def load_adapter(
         raise AdapterError(f"the adapter in {folder} does not belong to this model:", differences)
     for difference in differences:
         console.warn(f"the adapter in {folder}: {difference}")
-    adapters.load_adapter(base.model, Path(folder))
+    adapters.load_adapter(base.model, Path(folder), tokenizer=base.tokenizer)
     probe = Renderer(base.tokenizer).prompt([{"role": "user", "content": adapters.PROBE}])
     console.note(f"the adapter is applied: {adapters.logit_shift(base.model, probe)}")
     return info

@@ -95,6 +95,9 @@ def combine(
     numbers, which no low rank holds exactly: their result is the nearest one of the sum of the
     ranks, if neither `rank` nor `error` says otherwise.
 
+    One of the adapters may bring new tokens; their rows are kept as they are, whatever its weight,
+    for there is nothing to add them to.
+
     Args:
         adapters: plain ones, for the same base.
         weights: one for each adapter; any sign.
@@ -112,7 +115,7 @@ def combine(
     """
     limit = Limit(rank, error)
     problems = [*_misgiven(adapters, weights), *limit.problems(), *_misused(method, density)]
-    problems += _misfits(adapters)
+    problems += [*_misfits(adapters), *_with_new_tokens(adapters, weights)]
     mismatches = list(_mismatches(adapters))
     if not allow_mismatch:
         advice = " (--allow-mismatch makes this a warning)"
@@ -144,6 +147,8 @@ def combine(
         provenance=_provenance(adapters, weights, made),
         dropout=adapters[0].dropout if len({a.dropout for a in adapters}) == 1 else 0.0,
         copies={name: t for a in reversed(adapters) for name, t in a.copies.items()},
+        tokens=next((a.tokens for _, _, a in kept if a.vocabulary), ()),
+        vocabulary=next((a.vocabulary for _, _, a in kept if a.vocabulary), None),
     )
     return Combined(adapter, errors, "; ".join(mismatches))
 
@@ -256,10 +261,12 @@ def _misfits(adapters: Sequence[Adapter]) -> Iterator[str]:
                 f"adapter {number} holds parameters trained whole, which are no updates to add",
                 list(adapter.whole),
             )
-        if adapter.tokens:
+        new = adapter.vocabulary.new_rows if adapter.vocabulary else []
+        old = dict.fromkeys(n for own in adapter.tokens for n in own.ids if n not in new)
+        if old:
             yield listing(
                 f"adapter {number} holds rows of trained tokens, which are no updates to add",
-                [str(n) for own in adapter.tokens for n in own.ids],
+                [str(token) for token in old],
             )
         bad = [m for m, update in adapter.updates.items() if not _finite(update)]
         if bad:
@@ -272,6 +279,19 @@ def _misfits(adapters: Sequence[Adapter]) -> Iterator[str]:
                 differ.append(f"{module} is {own}, before it was {first}")
         if differ:
             yield listing(f"modules of adapter {number} that do not fit", differ)
+
+
+def _with_new_tokens(adapters: Sequence[Adapter], weights: Sequence[float]) -> Iterator[str]:
+    """New tokens of which there would be none or too many rows."""
+    bringing = [
+        f"{adapter.vocabulary} (adapter {number}, weight {weight:g})"
+        for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=False), start=1)
+        if adapter.vocabulary and weight
+    ]
+    if len(bringing) > 1:
+        yield f"rows of new tokens cannot be added, and several bring some: {'; '.join(bringing)}"
+    elif any(a.vocabulary and w < 0 for a, w in zip(adapters, weights, strict=False)):
+        yield f"rows of new tokens cannot be taken away: {bringing[0]}"
 
 
 def _finite(update: Update) -> bool:

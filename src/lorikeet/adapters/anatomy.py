@@ -130,13 +130,15 @@ class Anatomy:
         modules: in the order of blocks, those outside of them last.
         copies: base weights that the file repeats beside adapted embeddings.
         whole: parameters of the base that were trained whole, by name.
-        tokens: single tokens whose rows were trained.
+        tokens: single tokens whose rows were trained, new ones among them.
+        new_tokens: what the vocabulary has gained, in words; empty if nothing.
     """
 
     modules: tuple[ModuleAnatomy, ...]
     copies: int = 0
     whole: tuple[str, ...] = ()
     tokens: int = 0
+    new_tokens: str = ""
 
     @property
     def total(self) -> Group:
@@ -259,7 +261,8 @@ def examine(adapter: Adapter, weights: Callable[[str], Tensor] | None = None) ->
         tuple(modules),
         copies=len(adapter.copies),
         whole=tuple(adapter.whole),
-        tokens=len({n for own in adapter.tokens for n in own.ids}),
+        tokens=len({token for own in adapter.tokens for token in own.ids}),
+        new_tokens=str(adapter.vocabulary or ""),
     )
 
 
@@ -343,6 +346,8 @@ def _findings(anatomy: Anatomy) -> Iterator[str]:
         yield listing("trained whole, in no figure above", list(anatomy.whole))
     if anatomy.tokens:
         yield f"the rows of {anatomy.tokens} tokens were trained, which are in no figure above"
+    if anatomy.new_tokens:
+        yield f"new tokens, which the base learns when the adapter is loaded: {anatomy.new_tokens}"
     if anatomy.copies:
         yield f"the file repeats {anatomy.copies} weights of the base beside adapted embeddings"
 

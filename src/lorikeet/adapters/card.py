@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 
 from lorikeet.adapters.schema import AdapterInfo
+from lorikeet.adapters.vocabulary import recorded
+from lorikeet.lora import Vocabulary
 
 CARD_FILE = "README.md"
 
@@ -63,7 +65,7 @@ def card(info: AdapterInfo, *, outcome: Outcome | None = None, license: str = "u
         "## Measured",
         "\n\n".join(_measured(outcome)),
         "## How to load it",
-        _loading(info.base_model),
+        _loading(info.base_model, recorded(info.provenance)),
     ]
     versions = info.provenance.get("versions")
     if isinstance(versions, Mapping) and versions:
@@ -115,6 +117,9 @@ def _settings(info: AdapterInfo, outcome: Outcome) -> Iterator[tuple[str, str]]:
     yield "targets", _listed([targets] if isinstance(targets, str) else targets)
     if config.layers:
         yield "blocks", ", ".join(map(str, config.layers))
+    gained = recorded(made_by)
+    if gained:
+        yield "new tokens", _listed([str(token) for token in gained.tokens])
     if config.dropout:
         yield "dropout", f"{config.dropout:g}"
     for name, value in (
@@ -178,8 +183,12 @@ def _difference(found: Mapping[str, Any]) -> str:
     return f"{said}, 95 % interval [{low:+.4f}, {high:+.4f}]"
 
 
-def _loading(base_model: str) -> str:
+def _loading(base_model: str, gained: Vocabulary | None) -> str:
     base = base_model if is_hub_id(base_model) else "BASE_MODEL"
+    tokenizer = "ADAPTER" if gained else base
+    resized = ""
+    if gained and gained.rows > gained.base_rows:
+        resized = f"\nbase.resize_token_embeddings({gained.rows})"
     return f"""\
 `ADAPTER` is this folder, or for PEFT its id on the hub{_what_base_is(base)}.
 
@@ -189,8 +198,8 @@ With PEFT:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{base}")
-base = AutoModelForCausalLM.from_pretrained("{base}")
+tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
+base = AutoModelForCausalLM.from_pretrained("{base}"){resized}
 model = PeftModel.from_pretrained(base, "ADAPTER").eval()
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))

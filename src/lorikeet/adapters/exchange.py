@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +29,7 @@ from lorikeet.adapters.names import (
     whole_key,
 )
 from lorikeet.adapters.schema import CONFIG_FILE, AdapterInfo, read_adapter_config, to_peft
-from lorikeet.adapters.vocabulary import KEY, recorded
+from lorikeet.adapters.vocabulary import KEY, recorded, tokenizer_files
 from lorikeet.config import LoraConfig
 from lorikeet.errors import AdapterError
 from lorikeet.files import atomic_folder
@@ -74,10 +75,16 @@ def read_adapter(folder: Path) -> Adapter:
     )
 
 
-def write_adapter(adapter: Adapter, folder: Path) -> None:
+def write_adapter(adapter: Adapter, folder: Path, *, tokenizer: Path | None = None) -> None:
     """Write an adapter to a folder in PEFT's format, replacing what is there in one rename.
 
     Modules are listed by their full names, so that every reader finds the same ones in any model.
+
+    Args:
+        adapter: what to write.
+        folder: where.
+        tokenizer: a folder whose tokenizer is copied, if it has one; what an adapter with new
+            tokens needs everywhere but here.
 
     Raises:
         AdapterError: there is nothing to write, or values that are not finite.
@@ -114,10 +121,13 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
         provenance=_with_vocabulary(adapter),
         conv1d=any(update.kind == "conv1d" for update in updates.values()),
     )
+    beside = tokenizer_files(tokenizer) if tokenizer else []
     text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
     with atomic_folder(folder) as draft:
         (draft / CONFIG_FILE).write_text(text, encoding="utf-8")
         (draft / TENSORS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
+        for file in beside:
+            shutil.copyfile(file, draft / file.name)
 
 
 def _with_vocabulary(adapter: Adapter) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class MergeReport:
             embedding of which single rows were.
         dtypes: how these weights are stored, in the words of the format (`BF16`).
         untied: whether embedding and head, which shared a weight, now have one each.
+        rows: rows of embedding and head if the vocabulary has grown, else None.
         seconds: how long it took.
     """
 
@@ -60,6 +61,7 @@ class MergeReport:
     merged: tuple[str, ...]
     dtypes: tuple[str, ...]
     untied: bool
+    rows: int | None
     seconds: float
 
 
@@ -140,6 +142,7 @@ def merge(
         merged=_names(adapter),
         dtypes=tuple(sorted({checkpoint.entry(source).dtype for source in changed})),
         untied=plan.untied,
+        rows=plan.rows,
         seconds=time.monotonic() - started,
     )
 

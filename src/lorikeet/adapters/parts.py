@@ -33,6 +33,7 @@ from lorikeet.lora import (
     tables,
     token_layers_around,
     trained_copies,
+    vocabulary,
     whole_names,
     wrap,
 )
@@ -55,19 +56,30 @@ class Parts:
 
 
 def read_parts(
-    model: nn.Module, folder: Path, *, tokenizer: Any = None
+    model: nn.Module, folder: Path, *, tokenizer: Any = None, bound: Sequence[str] = ()
 ) -> tuple[AdapterInfo, Parts]:
     """The adapter of `folder`, made for the model, which does not use it yet.
 
     The model's vocabulary grows if it must.
 
+    Args:
+        model: the base.
+        folder: the adapter.
+        tokenizer: the base's; see `load_adapter`.
+        bound: adapters that fit the vocabulary as it is and no larger one.
+
     Raises:
-        AdapterError: as `load_adapter`.
+        AdapterError: as `load_adapter`; or the vocabulary must grow and must not.
     """
     require_plain(model)
     info = read_adapter_config(folder)
     tensors = read_tensors(folder)
     need = needed(model, tokenizer, folder, info, tensors)
+    if need.vocabulary not in (None, vocabulary(model)) and bound:
+        raise AdapterError(
+            f"the adapter in {folder} brings new tokens, {need.vocabulary}, but {', '.join(bound)},"
+            " which changes embedding or head, fits the vocabulary as it is; load this one first"
+        )
     with growing(model, tokenizer, need.vocabulary, starts=need.starts):
         return info, _made_for(model, folder, info, tensors, need.vocabulary)
 

@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from lorikeet.adapters.parts import Parts, read_parts
 from lorikeet.adapters.schema import AdapterInfo
 from lorikeet.errors import AdapterError
-from lorikeet.lora import remove, require_plain
+from lorikeet.lora import remove, require_plain, tables
 
 _NAME = re.compile(r"\w[\w.-]*")
 
@@ -23,16 +24,22 @@ class AdapterSet:
     `use` changes which modules the model calls and nothing else: no weight is written, copied or
     added to. Trained values live in the layers of their adapter until they are saved.
 
+    An adapter with new tokens makes the base's vocabulary grow when it is loaded, for good: the
+    base and all other adapters have the new rows as they were at the start. It must come before
+    adapters that change embedding or head, and all that bring tokens must bring the same.
+
     Args:
         model: a base without adapters; it stays one until `use`. Its parameters get frozen.
+        tokenizer: the model's; needed for adapters with new tokens, which it learns.
 
     Raises:
         AdapterError: the model carries an adapter already.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, tokenizer: Any = None) -> None:
         require_plain(model)
         self._model = model.requires_grad_(False)
+        self._tokenizer = tokenizer
         self._parts: dict[str, Parts] = {}
         self._active: str | None = None
 
@@ -61,7 +68,9 @@ class AdapterSet:
         if name in self._parts:
             raise AdapterError(f"there is an adapter {name!r} already; drop it first")
         with self.using(None):
-            info, parts = read_parts(self._model, folder)
+            info, parts = read_parts(
+                self._model, folder, tokenizer=self._tokenizer, bound=self._bound()
+            )
         for layer in parts.layers.values():
             layer.requires_grad_(False)
         for parameter in parts.whole.values():
@@ -102,6 +111,17 @@ class AdapterSet:
             yield
         finally:
             self.use(before)
+
+    def _bound(self) -> list[str]:
+        """The adapters that change a table with a row for every token."""
+        if self._tokenizer is None:  # without it no vocabulary grows
+            return []
+        names = set(tables(self._model).all)
+        return [
+            name
+            for name, parts in self._parts.items()
+            if names & {*parts.layers, *(whole.rpartition(".")[0] for whole in parts.whole)}
+        ]
 
     def _require(self, name: str) -> None:
         if name not in self._parts:

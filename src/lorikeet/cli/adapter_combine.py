@@ -83,7 +83,9 @@ def run(args: argparse.Namespace) -> int:
     )
     if found.warning:
         console.warn(found.warning)
-    write_adapter(found.adapter, out)
+    parts = zip(folders, adapters, given, strict=True)
+    of_new_tokens = (folder for folder, part, (_, weight) in parts if part.vocabulary and weight)
+    write_adapter(found.adapter, out, tokenizer=next(of_new_tokens, None))
     show(out, adapters, found, as_json=args.json)
     return 0
 

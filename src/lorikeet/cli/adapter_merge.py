@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         subject = None
         _check_base(base, adapter, config, allow=args.allow_mismatch)
-    report = _merge(base, adapter, Path(args.out), shard_bytes)
+    report = _merge(base, adapter, Path(args.out), folder, shard_bytes)
     compared = _compare(args, config, subject, report) if subject else None
     problems = compared[0].problems(compared[1]) if compared else []
     if args.json:
@@ -206,7 +206,9 @@ def _subject(args: argparse.Namespace, config: RunConfig, base: Path, adapter: P
     return load_subject(config, adapter, allow_mismatch=args.allow_mismatch)
 
 
-def _merge(base: Path, adapter: Adapter, out: Path, shard_bytes: int) -> MergeReport:
+def _merge(
+    base: Path, adapter: Adapter, out: Path, tokenizer: Path, shard_bytes: int
+) -> MergeReport:
     from lorikeet.adapters.merge import merge
 
     with console.progress_bar("merging", 0) as bar:
@@ -215,7 +217,9 @@ def _merge(base: Path, adapter: Adapter, out: Path, shard_bytes: int) -> MergeRe
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        return merge(base, adapter, out, shard_bytes=shard_bytes, progress=show)
+        return merge(
+            base, adapter, out, tokenizer=tokenizer, shard_bytes=shard_bytes, progress=show
+        )
 
 
 def _compare(
@@ -267,16 +271,18 @@ def _summary(
         "out": str(report.out),
         "tensors": report.tensors,
         "merged": len(report.merged),
+        "rows": report.rows,
         "seconds": report.seconds,
         "verify": verified,
     }
 
 
 def _show(report: MergeReport, compared: tuple[Verification, Tolerance] | None) -> None:
-    untied = "; embedding and head, which shared a weight, have one each now"
+    untied = "; embedding and head, which shared a weight, have one each now" * report.untied
+    grown = f"; the vocabulary has {report.rows:,} rows now" if report.rows else ""
     console.out.print(
         f"merged {len(report.merged)} of {report.tensors} tensors in {report.seconds:.1f} s:"
-        f" {report.out}{untied if report.untied else ''}",
+        f" {report.out}{untied}{grown}",
         markup=False,
     )
     if compared is None:

@@ -33,6 +33,6 @@ def run(args: argparse.Namespace) -> int:
     adapter = read_adapter(folder)
     weights = BaseWeights(model) if model else None
     found = normalize(adapter, weights, rank=args.rank, error=args.error)
-    write_adapter(found.adapter, out)
+    write_adapter(found.adapter, out, tokenizer=folder)
     show(out, [adapter], found, as_json=args.json)
     return 0

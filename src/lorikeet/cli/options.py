@@ -15,10 +15,10 @@ _PREFIX = "option:"
 
 
 def add_options(parser: argparse.ArgumentParser, sections: Sequence[str]) -> None:
-    """Add a flag for every option of these sections (`model`, `lora`, ..., or `out`)."""
+    """Add a flag for every option of these sections (`model`, `lora`, ..., or one by its name)."""
     others = {own: alias for alias, own in ALIASES.items()}
     for name, option in options():
-        if name.split(".")[0] not in sections:
+        if not {name, name.split(".")[0]} & set(sections):
             continue
         flags = [f"--{flag}" for flag in (SHORT_FOR.get(name), name, others.get(name)) if flag]
         # --flag alone means true

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("--rows", type=int, default=3, help="how many rows to show (default: 3)")
     add_json(parser)
-    add_options(parser, ["model", "data", "train"])
+    add_options(parser, ["model", "data", "train", "lora.new_tokens"])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args)
     config.require("model.path", "data.path")
     from lorikeet.data import preflight, prepare, preview_json, preview_text
+    from lorikeet.lora import add_tokens
     from lorikeet.model import load_tokenizer
 
     tokenizer = load_tokenizer(
@@ -29,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
     )
+    add_tokens(tokenizer, config.lora.new_tokens)
     prepared = prepare(config.data, tokenizer, seed=config.train.seed)
     report = asdict(prepared.report)
     shown = prepared.train[: args.rows]

@@ -38,7 +38,7 @@ def load_subject(
     """Load what `--model` and `--adapter` name, and say how far the adapter moves the logits.
 
     The base defaults to the one that the adapter names, the template to the one it was trained
-    with.
+    with. New tokens that the adapter brings are the base's from then on.
 
     Args:
         config: the options.
@@ -64,18 +64,23 @@ def load_subject(
     )
     if info and config.data.template == "auto":
         config.data.template = _trained_template(info)
-    renderer = Renderer(
+    renderer = _renderer(base, config)
+    if info and adapter:
+        _check_match(info, base, renderer, allow=allow_mismatch)
+        load_adapter(base.model, adapter, tokenizer=base.tokenizer)
+        renderer = _renderer(base, config)  # the tokenizer may have learnt tokens
+        shift = logit_shift(base.model, renderer.prompt([{"role": "user", "content": PROBE}]))
+        console.note(f"the adapter is applied: {shift}")
+    return Subject(base, renderer, info)
+
+
+def _renderer(base: Base, config: RunConfig) -> Renderer:
+    return Renderer(
         base.tokenizer,
         template=config.data.template,
         max_length=config.data.max_length,
         supervise=config.data.supervise,
     )
-    if info and adapter:
-        _check_match(info, base, renderer, allow=allow_mismatch)
-        load_adapter(base.model, adapter)
-        shift = logit_shift(base.model, renderer.prompt([{"role": "user", "content": PROBE}]))
-        console.note(f"the adapter is applied: {shift}")
-    return Subject(base, renderer, info)
 
 
 def _trained_template(info: AdapterInfo) -> str:

@@ -34,7 +34,14 @@ from lorikeet.lora.tokens import (
     token_layers_around,
     trained_ids,
 )
-from lorikeet.lora.vocabulary import NewToken, Tables, Vocabulary, tables, vocabulary
+from lorikeet.lora.vocabulary import (
+    NewToken,
+    Tables,
+    Vocabulary,
+    tables,
+    unseen_tokens,
+    vocabulary,
+)
 from lorikeet.lora.whole import (
     own_parameters,
     put_whole,
@@ -83,6 +90,7 @@ __all__ = [
     "token_layers_around",
     "trained_copies",
     "trained_ids",
+    "unseen_tokens",
     "vocabulary",
     "whole_names",
     "whole_parameters",

@@ -172,8 +172,9 @@ def _other_ids(tokenizer: Any, trial: Any, found: Tables, grown: Vocabulary) -> 
         elif own != token.id:
             yield f"{token.text!r} would be token {own} here, not {token.id}"
     rows = found.embedding.num_embeddings
-    homeless = [f"{text} ({n})" for text, n in known.items() if n >= rows]
-    if homeless:
+    beyond = sorted((n, text) for text, n in known.items() if n >= rows)
+    if beyond:
+        homeless = [f"{text} ({n})" for n, text in beyond]
         yield (
             f"the tokenizer has tokens for which the model, of {rows} rows, has none:"
             f" {listed(homeless)}; take them out of the tokenizer first"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -141,6 +141,28 @@ def vocabulary(model: nn.Module) -> Vocabulary | None:
     """What a model's vocabulary has gained; None for a model as it was loaded."""
     found: Vocabulary | None = model.__dict__.get(MARK)
     return found
+
+
+def unseen_tokens(model: nn.Module, examples: Iterable[Sequence[int]]) -> list[str]:
+    """A warning if there are new tokens that no example has, else nothing.
+
+    Args:
+        model: its vocabulary may have grown.
+        examples: the ids of each.
+    """
+    grown = vocabulary(model)
+    if grown is None:
+        return []
+    lacking = set(grown.ids)
+    for ids in examples:
+        lacking.difference_update(ids)
+    texts = [str(token) for token in grown.tokens if token.id in lacking]
+    if not texts:
+        return []
+    return [
+        f"no training example has the new tokens {listed(texts)}; all that can be learnt is to"
+        " avoid them (were the data read before the tokenizer knew them?)"
+    ]
 
 
 def listed(entries: Sequence[object]) -> str:

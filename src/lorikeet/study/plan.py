@@ -15,7 +15,7 @@ from torch import nn
 from lorikeet.config import RunConfig
 from lorikeet.data import Example, prepare
 from lorikeet.kernels.loss import CHUNK_BYTES
-from lorikeet.lora import ParameterReport, carries_dora, inject, parameter_report
+from lorikeet.lora import ParameterReport, carries_dora, grow_vocabulary, inject, parameter_report
 from lorikeet.model import FastNll, TokenNll, choose, empty_model, load_tokenizer, token_nll
 from lorikeet.model.agreement import choose_nll
 from lorikeet.model.budget import measure, saved_by_block
@@ -98,12 +98,16 @@ def plan(config: RunConfig) -> Plan:
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
     )
+    tokenizer = _tokenizer(config) if config.data.path or config.lora.new_tokens else None
+    grow_vocabulary(model, tokenizer, config.lora.new_tokens)
     _make_trainable(model, config)
     parameters = parameter_report(model)
-    workload = _workload(config)
+    workload = _workload(config, tokenizer)
     block = block_model(model, dtype=machine.dtype, device=machine.device)
     nll, _ = choose_nll(block, asked=config.model.fast, packing=True)
-    _make_trainable(block, config)
+    without_tokens = {"trainable_tokens": None, "new_tokens": None}  # its vocabulary is another
+    lora = config.lora.model_copy(update=without_tokens)
+    _make_trainable(block, config.model_copy(update={"lora": lora}))
     if carries_dora(block):
         nll = token_nll
     memory = _memory(
@@ -126,7 +130,15 @@ def _make_trainable(model: nn.Module, config: RunConfig) -> None:
         model.requires_grad_(True)
 
 
-def _workload(config: RunConfig) -> Workload:
+def _tokenizer(config: RunConfig) -> Any:
+    return load_tokenizer(
+        config.model.path,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def _workload(config: RunConfig, tokenizer: Any) -> Workload:
     batch, longest, budget = (
         config.train.batch_size,
         config.data.max_length,
@@ -136,11 +148,6 @@ def _workload(config: RunConfig) -> Workload:
         step = batch * longest
         micro = min(step, max(budget // longest, 1) * longest)
         return Workload(step, step, micro, micro)
-    tokenizer = load_tokenizer(
-        config.model.path,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-    )
     examples = prepare(config.data, tokenizer, seed=config.train.seed).train
     lengths = sum(len(example.ids) for example in examples) / len(examples)
     supervised = sum(example.supervised_tokens for example in examples) / len(examples)
@@ -164,8 +171,9 @@ def _activations(model: Any, block: Any, nll: TokenNll, workload: Workload) -> i
 
 def _logits(model: Any, nll: TokenNll, workload: Workload, *, size: int) -> int:
     """Bytes of logits: a chunk and its product on the fast path, else of all supervised rows."""
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    if isinstance(nll, FastNll):
+    head = model.get_output_embeddings()
+    vocabulary = head.weight.shape[0]
+    if isinstance(nll, FastNll) and type(head) is nn.Linear:  # no adapter, no trained tokens
         return min(CHUNK_BYTES, size * vocabulary * workload.micro_supervised)
     return workload.micro_supervised * vocabulary * (4 * _LOGIT_COPIES + (size if size < 4 else 0))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import pytest
 
 from lorikeet import starter
 from lorikeet.config import RunConfig, load_config
+
+# Made-up studies are imported by their names.
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture

@@ -92,6 +92,11 @@ def whole_numbers(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
+def is_number(value: object) -> bool:
+    """Whether an option's value is a number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _decimals(value: float) -> int:
     if not math.isfinite(value) or value >= 1000:
         return 0

@@ -135,7 +135,7 @@ def _setting(outcome: Outcome, option: str) -> Cell:
     if option not in outcome.settings:
         return Cell(figures.NONE)
     value = outcome.settings[option]
-    return Cell(shown(value), float(value) if _is_number(value) else None)
+    return Cell(shown(value), float(value) if figures.is_number(value) else None)
 
 
 def _of_tests(outcome: Outcome) -> list[Cell]:
@@ -188,8 +188,4 @@ def _between(numbers: Sequence[int]) -> Cell:
 
 
 def _all_numbers(study: Study, option: str) -> bool:
-    return all(map(_is_number, study.varied[option]))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return all(map(figures.is_number, study.varied[option]))

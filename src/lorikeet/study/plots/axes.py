@@ -64,7 +64,8 @@ def numeric_axis(
 
 def round_figures(low: float, high: float) -> list[float]:
     """Ticks of a logarithmic axis: the fewest kinds of multiples of ten that give four ticks."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    powers = range(first, last + 1, max(1, (last - first) // 6))
     found: list[float] = []
     for multiples in _MULTIPLES:
         found = [m * 10.0**power for power in powers for m in multiples]
@@ -78,6 +79,8 @@ def number(value: float) -> str:
     """A figure on an axis: 1,500 or 0.25 or 2e-4."""
     if value == 0:
         return "0"
+    if abs(value) >= 1e9:
+        return f"{value:.0e}".replace("+", "")
     if abs(value) >= 1e6:
         return f"{value / 1e6:g}M"
     if abs(value) >= 1000:

@@ -90,7 +90,16 @@ def _rows(labels: Sequence[str]) -> tuple[Figure, Axes]:
         at = axes.get_yaxis_transform()
         for row, label in enumerate(labels):
             text = shortened(label, width=72)
-            axes.text(0, row - 0.2, text, transform=at, va="bottom", fontsize=8, color=INK)
+            axes.text(
+                0,
+                row - 0.2,
+                text,
+                transform=at,
+                va="bottom",
+                fontsize=8,
+                color=INK,
+                bbox={"fc": PAPER, "ec": "none", "pad": 0.5},
+            )
     else:
         axes.set_yticks(range(len(labels)), [shortened(label, width=_BESIDE) for label in labels])
     return figure, axes

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from lorikeet.study.outcomes import Outcome
 from lorikeet.study.plots.curves import plot_losses, plot_rates, plot_validations
-from lorikeet.study.plots.options import numeric_options, plot_heat_map, plot_option
+from lorikeet.study.plots.heat_map import plot_heat_map
+from lorikeet.study.plots.options import numeric_options, plot_option
 from lorikeet.study.plots.results import plot_differences, plot_perplexities
 from lorikeet.study.plots.style import Picture, styled
 from lorikeet.study.plots.tradeoffs import PRICES, Price, plot_forgetting, plot_front

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from lorikeet.study.outcomes import Outcome, names
 from lorikeet.study.plots.axes import Mark, ends, name_points, numeric_axis
-from lorikeet.study.plots.naming import looks
+from lorikeet.study.plots.naming import looks, shortened
 from lorikeet.study.plots.style import (
     INK,
     MUTED,
@@ -21,6 +22,11 @@ from lorikeet.study.plots.style import (
     new_figure,
     picture,
 )
+from lorikeet.study.statistics import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _HEIGHT = 3.8
 _AXES = (WIDTH - 0.9, _HEIGHT - 0.95)  # inches, about: the rest are labels
@@ -68,50 +74,23 @@ PRICES = (
 
 def plot_front(outcomes: Sequence[Outcome], price: Price) -> Picture | None:
     """Perplexity against a price; groups that cost more and are no better stand back."""
-    known = [
-        (outcome, cost)
-        for outcome in outcomes
-        if not outcome.is_base and math.isfinite(outcome.test.perplexity)
-        for cost in [price.of(outcome)]
-        if cost is not None
-    ]
-    if len({cost[1] for _, cost in known}) < 2:
+    marks = _priced(outcomes, price)
+    if len({mark.x for mark in marks}) < 2:
         return None
-    points = [(cost[1], outcome.test.perplexity) for outcome, cost in known]
-    best = front(points)
-    figure = new_figure(_HEIGHT)
-    axes = figure.subplots()
-    numeric_axis(axes, "x", [value for _, cost in known for value in cost], at_values=False)
-    reach = [ends(outcome.test) for outcome, _ in known]
-    numeric_axis(axes, "y", [value for pair in reach for value in pair], at_values=False)
-    for index, ((x, y), (low, high)) in enumerate(zip(points, reach, strict=True)):
-        on_front = index in best
-        least, _, most = known[index][1]
-        axes.errorbar(
-            [x],
-            [y],
-            yerr=[[y - low], [high - y]],
-            xerr=[[x - least], [most - x]],
-            color=look(0).colour if on_front else PALE,
-            marker="o" if on_front else "s",
-            ms=7 if on_front else 4,
-            elinewidth=1,
-            zorder=4 if on_front else 2,
-        )
-    stairs = [points[index] for index in best]
-    axes.plot(*zip(*stairs, strict=True), color=look(0).colour, lw=1, drawstyle="steps-post")
-    called = names(outcomes)
-    marks = [
-        Mark(*point, called[outcome.label], (cost[0], cost[2]), reach[index])
-        for index, ((outcome, cost), point) in enumerate(zip(known, points, strict=True))
-    ]
-    others = [mark for index, mark in enumerate(marks) if index not in best]
-    for (x, y), (next_x, next_y) in itertools.pairwise(stairs):
-        others += [Mark(x, y, "", across=(x, next_x)), Mark(next_x, y, "", up=(next_y, y))]
-    name_points(axes, [marks[index] for index in best], size=_AXES, avoid=others)
-    axes.set_xlabel(price.label)
-    axes.set_ylabel("perplexity on the test rows")
+    figure, axes = _crossed(marks)
+    best = front([(mark.x, mark.y) for mark in marks])
+    for index, mark in enumerate(marks):
+        ahead = index in best
+        _cross(axes, mark, look(0) if ahead else Look(PALE, "s", "-"), size=7 if ahead else 4)
+    stairs = [marks[index] for index in best]
+    steps = [(mark.x, mark.y) for mark in stairs]
+    axes.plot(*zip(*steps, strict=True), color=look(0).colour, lw=1, drawstyle="steps-post")
+    avoid = [mark for index, mark in enumerate(marks) if index not in best]
+    for (x, y), (next_x, next_y) in itertools.pairwise(steps):
+        avoid += [Mark(x, y, "", across=(x, next_x)), Mark(next_x, y, "", up=(next_y, y))]
+    name_points(axes, stairs, size=_AXES, avoid=avoid)
     title = f"Perplexity against {price.title}"
+    axes.set(xlabel=price.label, ylabel="perplexity on the test rows")
     axes.set_title(title)
     caption = (
         "Blue, joined: nothing that costs less has a lower perplexity. Pale: something is at least"
@@ -132,46 +111,70 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def plot_forgetting(outcomes: Sequence[Outcome], other_name: str) -> Picture | None:
-    """Perplexity on the second text against that on the test rows, the base with its lines."""
-    known = [
-        (outcome, outcome.other)
-        for outcome in outcomes
-        if outcome.other is not None
-        and math.isfinite(outcome.test.perplexity)
-        and math.isfinite(outcome.other.perplexity)
-    ]
-    if sum(not outcome.is_base for outcome, _ in known) < 1:
+    """Perplexity on the second text against that on the test rows, the base with its line."""
+    known = [outcome for outcome in outcomes if outcome.other is not None]
+    marks = {o.label: _learned(o, o.other) for o in known if o.other is not None}
+    marks = {k: mark for k, mark in marks.items() if math.isfinite(mark.x + mark.y)}
+    base = next((marks.get(o.label) for o in known if o.is_base), None)
+    if len(marks) - (base is not None) < 1:
         return None
-    figure = new_figure(_HEIGHT)
-    axes = figure.subplots()
-    numeric_axis(axes, "x", [v for o, _ in known for v in ends(o.test)], at_values=False)
-    numeric_axis(axes, "y", [v for _, other in known for v in ends(other)], at_values=False)
-    marks, called, look_of = [], names(outcomes), looks(outcomes)
-    for outcome, other in known:
-        x, y = outcome.test.perplexity, other.perplexity
-        (left, right), (low, high) = ends(outcome.test), ends(other)
-        one = look_of.get(outcome.label, Look(INK, "*", "-"))
-        if outcome.is_base:
-            axes.axhline(y, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
-        axes.errorbar(
-            [x],
-            [y],
-            xerr=[[x - left], [right - x]],
-            yerr=[[y - low], [high - y]],
-            color=one.colour,
-            marker=one.marker,
-            ms=9 if outcome.is_base else 6,
-            elinewidth=1,
-            zorder=3,
-        )
-        marks.append(Mark(x, y, called[outcome.label], (left, right), (low, high)))
-    name_points(axes, marks, size=_AXES)
+    called, look_of = names(outcomes), looks(outcomes)
+    marks = {label: replace(mark, name=called[label]) for label, mark in marks.items()}
+    figure, axes = _crossed(list(marks.values()))
+    for label, mark in marks.items():
+        one = look_of.get(label, Look(INK, "*", "-"))
+        _cross(axes, mark, one, size=6 if label in look_of else 9)
+    if base is not None:
+        axes.axhline(base.y, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
+    name_points(axes, list(marks.values()), size=_AXES)
     axes.set_xlabel("perplexity on the test rows: what was learned")
     axes.set_ylabel("perplexity on the second text")
     title = f"Learned and forgotten: {other_name}" if other_name else "Learned and forgotten"
-    axes.set_title(title)
+    axes.set_title(shortened(title, width=60))
     caption = (
         "Left is better on what was trained, low is better on the second text. Above the dashed"
         " line, which is the base's, something was forgotten. Lines are 95 % intervals."
     )
     return picture("forgetting", figure, title=title, caption=caption)
+
+
+def _priced(outcomes: Sequence[Outcome], price: Price) -> list[Mark]:
+    """Every group whose price is known, with what it reaches in both directions."""
+    called, found = names(outcomes), []
+    for outcome in outcomes:
+        cost, y = price.of(outcome), outcome.test.perplexity
+        if cost is not None and math.isfinite(y) and not outcome.is_base:
+            least, middle, most = cost
+            name = called[outcome.label]
+            found.append(Mark(middle, y, name, (least, most), ends(outcome.test)))
+    return found
+
+
+def _learned(outcome: Outcome, other: Estimate) -> Mark:
+    x, y = outcome.test.perplexity, other.perplexity
+    return Mark(x, y, "", ends(outcome.test), ends(other))
+
+
+def _crossed(marks: Sequence[Mark]) -> tuple[Figure, Axes]:
+    """Axes with room for the marks and their intervals."""
+    figure = new_figure(_HEIGHT)
+    axes = figure.subplots()
+    numeric_axis(axes, "x", [v for mark in marks for v in mark.across or ()], at_values=False)
+    numeric_axis(axes, "y", [v for mark in marks for v in mark.up or ()], at_values=False)
+    return figure, axes
+
+
+def _cross(axes: Axes, mark: Mark, one: Look, *, size: float) -> None:
+    """A mark with its intervals."""
+    (left, right), (low, high) = mark.across or (mark.x, mark.x), mark.up or (mark.y, mark.y)
+    axes.errorbar(
+        [mark.x],
+        [mark.y],
+        xerr=[[mark.x - left], [right - mark.x]],
+        yerr=[[mark.y - low], [high - mark.y]],
+        color=one.colour,
+        marker=one.marker,
+        ms=size,
+        elinewidth=1,
+        zorder=2 if one.colour == PALE else 4,
+    )

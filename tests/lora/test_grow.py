@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
+from tokenizers import Regex, pre_tokenizers
 from torch import nn
 from torch.testing import assert_close
 from transformers import (
@@ -18,7 +17,6 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     PhiConfig,
-    PreTrainedTokenizerFast,
 )
 
 from lorikeet import starter
@@ -44,7 +42,7 @@ from lorikeet.lora import (
 )
 from lorikeet.model import FastNll, load_model, token_nll, tokenizer_fingerprint
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz<>/.,:"
+Letters = Callable[[int], Any]
 ROWS = 40
 TEXTS = ["<ab>", "<abc/>"]
 _SIZES: dict[str, Any] = {
@@ -66,14 +64,6 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
-def letters(more: int = ROWS - len(LETTERS) - 2) -> Any:
-    """A tokenizer of single letters; with `more` fillers its ids go up to the model's rows."""
-    names = ["<unk>", "<end>", *LETTERS, *(f"filler{i}" for i in range(more))]
-    made = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="<end>")
-
-
 def build(name: str = "llama") -> Any:
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(MODELS[name]()).eval()
@@ -90,9 +80,9 @@ def logits(model: nn.Module, ids: list[int] = [3, 7, 1, 20, 5]) -> torch.Tensor:
 
 @pytest.mark.parametrize("padded", [0, 6])
 @pytest.mark.parametrize("name", MODELS)
-def test_rows_and_sizes(name: str, padded: int) -> None:
+def test_rows_and_sizes(letters: Letters, name: str, padded: int) -> None:
     """New rows are the means of the pieces' rows, old ones and their logits what they were."""
-    model, tokenizer = build(name), letters(ROWS - len(LETTERS) - 2 - padded)
+    model, tokenizer = build(name), letters(ROWS - padded)
     before, first = logits(model), len(tokenizer)
     old = {n: p.detach().clone() for n, p in model.named_parameters()}
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -109,7 +99,7 @@ def test_rows_and_sizes(name: str, padded: int) -> None:
         assert len(module.weight) == rows
         weight = old.get(f"{table}.weight", old[f"{found.name}.weight"])
         for token, text in pieces.items():
-            ids = [LETTERS.index(letter) + 2 for letter in text]
+            ids = letters(34)(text)["input_ids"]
             assert_close(module.weight[token], weight[ids].mean(0))
         kept = [n for n in range(ROWS) if n not in pieces]
         assert torch.equal(module.weight[kept], weight[kept])
@@ -126,22 +116,22 @@ def test_rows_and_sizes(name: str, padded: int) -> None:
     assert model(input_ids=torch.tensor([grown.ids]), labels=torch.tensor([grown.ids])).loss > 0
 
 
-def test_a_tokenizer_that_has_learnt() -> None:
-    tokenizer = letters()
+def test_a_tokenizer_that_has_learnt(letters: Letters) -> None:
+    tokenizer = letters(ROWS)
     grow_vocabulary(build(), tokenizer, TEXTS)
     ids = tokenizer("x<ab>y<abc/><a", add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "x <ab> y <abc/> < a"
     assert ids[1] == 40
     assert ids[3] == 41
     assert not tokenizer.added_tokens_decoder[40].special
-    again = letters()
+    again = letters(ROWS)
     add_tokens(again, TEXTS)
     assert again.get_vocab() == tokenizer.get_vocab()
     add_tokens(again, None)
 
 
-def test_growing_again_by_the_same_changes_nothing() -> None:
-    model, tokenizer = build(), letters()
+def test_growing_again_by_the_same_changes_nothing(letters: Letters) -> None:
+    model, tokenizer = build(), letters(ROWS)
     grown = grow_vocabulary(model, tokenizer, TEXTS)
     weights = [p.data_ptr() for p in model.parameters()]
     assert grow_vocabulary(model, tokenizer, TEXTS) is grown
@@ -173,8 +163,8 @@ def state(model: Any, tokenizer: Any) -> tuple[Any, ...]:
         (["\n"], "of '\\\\n' the tokenizer leaves nothing"),
     ],
 )
-def test_texts_that_cannot_become_tokens(texts: list[str], named: str) -> None:
-    model, tokenizer = build(), letters()
+def test_texts_that_cannot_become_tokens(letters: Letters, texts: list[str], named: str) -> None:
+    model, tokenizer = build(), letters(ROWS)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("."), "isolated")]
     )
@@ -184,8 +174,8 @@ def test_texts_that_cannot_become_tokens(texts: list[str], named: str) -> None:
     assert state(model, tokenizer) == before
 
 
-def test_models_that_cannot_grow() -> None:
-    tokenizer = letters(ROWS)
+def test_models_that_cannot_grow(letters: Letters) -> None:
+    tokenizer = letters(ROWS + 34)
     model = build()
     before = state(model, tokenizer)
     with pytest.raises(AdapterError, match=r"of 40 rows, has none: filler6 \(40\), .* and 26 more"):
@@ -203,12 +193,12 @@ def test_models_that_cannot_grow() -> None:
     adapted = build()
     inject(adapted, LoraConfig(target_modules=["q_proj"]), seed=0)
     with pytest.raises(AdapterError, match="already carries"):
-        grow_vocabulary(adapted, letters(), TEXTS)
+        grow_vocabulary(adapted, letters(ROWS), TEXTS)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama tied", "a head with biases"])
-def test_an_error_on_the_way_undoes_everything(name: str) -> None:
-    model, tokenizer = build(name), letters()
+def test_an_error_on_the_way_undoes_everything(letters: Letters, name: str) -> None:
+    model, tokenizer = build(name), letters(ROWS)
     grown = grow_vocabulary(copy.deepcopy(model), copy.deepcopy(tokenizer), TEXTS)
     before, plain = state(model, tokenizer), logits(model)
     with pytest.raises(KeyError), growing(model, tokenizer, grown):
@@ -227,9 +217,9 @@ def test_an_error_on_the_way_undoes_everything(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_new_rows_are_trained(name: str) -> None:
+def test_new_rows_are_trained(letters: Letters, name: str) -> None:
     """Beside the whole grown weights trained; a head of its own has rows of its own."""
-    model, tokenizer = build(name), letters()
+    model, tokenizer = build(name), letters(ROWS)
     config = LoraConfig(
         r=2,
         target_modules=["c_attn" if name == "gpt2" else "q_proj"],
@@ -286,9 +276,11 @@ def test_new_rows_are_trained(name: str) -> None:
         ("llama tied", ["embed_tokens", "lm_head"], []),
     ],
 )
-def test_what_is_trained_whole_needs_no_rows(name: str, saved: list[str], rows: list[str]) -> None:
+def test_what_is_trained_whole_needs_no_rows(
+    letters: Letters, name: str, saved: list[str], rows: list[str]
+) -> None:
     model = build(name)
-    grow_vocabulary(model, letters(), TEXTS)
+    grow_vocabulary(model, letters(ROWS), TEXTS)
     config = LoraConfig(r=2, target_modules=["q_proj"], new_tokens=TEXTS, modules_to_save=saved)
     inject(model, config, seed=0)
     assert list(token_layers(model)) == rows
@@ -297,9 +289,11 @@ def test_what_is_trained_whole_needs_no_rows(name: str, saved: list[str], rows: 
 @pytest.mark.parametrize(
     "options", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}]
 )
-def test_a_tied_head_alone_is_not_trained_beside_new_tokens(options: dict[str, Any]) -> None:
+def test_a_tied_head_alone_is_not_trained_beside_new_tokens(
+    letters: Letters, options: dict[str, Any]
+) -> None:
     model = build("llama tied")
-    grow_vocabulary(model, letters(), TEXTS)
+    grow_vocabulary(model, letters(ROWS), TEXTS)
     config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "new_tokens": TEXTS, **options})
     with pytest.raises(
         AdapterError, match=r"lm_head is .* shares the weight of model.embed_tokens"
@@ -347,10 +341,10 @@ def test_the_fast_path_on_a_grown_model(dtype: str, tied: bool) -> None:
         assert_close(base.nll(base.model, batch).detach(), plain, atol=tolerance, rtol=tolerance)
 
 
-def test_structure_without_weights() -> None:
+def test_structure_without_weights(letters: Letters) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(MODELS["llama"]())
-    grown = grow_vocabulary(model, letters(), TEXTS)
+    grown = grow_vocabulary(model, letters(ROWS), TEXTS)
     inject(model, LoraConfig(r=2, new_tokens=TEXTS), seed=0)
     assert grown is not None
     assert model.lm_head.rows.shape == (2, 16)
@@ -359,8 +353,8 @@ def test_structure_without_weights() -> None:
     assert model(input_ids=ids).logits.shape == (1, 3, 42)
 
 
-def test_tokens_that_no_example_has() -> None:
-    model, tokenizer = build(), letters()
+def test_tokens_that_no_example_has(letters: Letters) -> None:
+    model, tokenizer = build(), letters(ROWS)
     assert unseen_tokens(model, [[1]]) == []
     grow_vocabulary(model, tokenizer, TEXTS)
     (found,) = unseen_tokens(model, [[1, 40], [2]])

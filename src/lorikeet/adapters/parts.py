@@ -75,7 +75,7 @@ def read_parts(
     info = read_adapter_config(folder)
     tensors = read_tensors(folder)
     need = needed(model, tokenizer, folder, info, tensors)
-    if need.vocabulary not in (None, vocabulary(model)) and bound:
+    if need.vocabulary and vocabulary(model) is None and bound:
         raise AdapterError(
             f"the adapter in {folder} brings new tokens, {need.vocabulary}, but {', '.join(bound)},"
             " which changes embedding or head, fits the vocabulary as it is; load this one first"
@@ -153,7 +153,8 @@ def _with_new_rows(
     if gained is None:
         return found
     places = tables(model)
-    for name in (places.name, *places.heads, *(n for n in places.tied if n in ids)):
+    apart = [n for n in places.tied if n in ids or places.name in changed]
+    for name in (places.name, *places.heads, *apart):
         if name not in changed:
             held = found.setdefault(name, [])
             held += [row for row in gained.new_rows if row not in held]

@@ -85,7 +85,7 @@ def make_plan(
         if entry.dtype not in FLOATING:
             found("not a plain floating-point weight (quantised?)", f"{source} is {entry.dtype}")
         elif entry.shape != shape and not (
-            isinstance(change, Tensor) and _shared(parameter) and is_longer(change, entry.shape)
+            isinstance(change, Tensor) and _by_token(parameter) and is_longer(change, entry.shape)
         ):
             sizes = f"{source} is {list(entry.shape)}, the adapter fits {list(shape)}"
             found("misshapen", sizes)
@@ -125,6 +125,12 @@ def make_plan(
 def _shared(tensor: str) -> bool:
     """Whether it is one of the two weights that may be one."""
     return leaf(tensor) in HEADS or is_head(tensor)
+
+
+def _by_token(parameter: str) -> bool:
+    """Whether it may have an entry for every token: an embedding, a head, a head's bias."""
+    module, _, own = parameter.rpartition(".")
+    return _shared(parameter) or (own == "bias" and is_head(f"{module}.weight"))
 
 
 def _turned(adapter: Adapter, config: Mapping[str, Any]) -> list[str]:

@@ -80,7 +80,8 @@ def concerns_rows(checkpoint: Checkpoint, adapter: Adapter) -> bool:
 
 def is_longer(table: Tensor, shape: Sequence[int]) -> bool:
     """Whether it has more rows than a table of this shape, and is otherwise like it."""
-    return table.dim() == 2 == len(shape) and len(table) > shape[0] and table.shape[1] == shape[1]
+    alike = 0 < table.dim() == len(shape) and tuple(table.shape[1:]) == tuple(shape[1:])
+    return alike and len(table) > shape[0]
 
 
 def find_tables(
@@ -113,7 +114,7 @@ def find_tables(
     twins = [name for name in heads if may_tie and _same(checkpoint, name, embedding)]
     linked = may_tie and (not heads or bool(twins))
     inner, outer = (next(iter(own), None) for own in (of_embedding, of_head))
-    if linked and untied and adapter.tokens:
+    if linked and untied and of_embedding:
         return "single tokens beside another change of their weight", embedding
     split = linked and outer is not None and not _equal_rows(inner, outer)
     copies = {
@@ -164,7 +165,8 @@ def put_rows(planned: Planned, found: Tables, checkpoint: Checkpoint) -> Iterato
             else:
                 yield made
         bias = f"{table.name.removesuffix('weight')}bias"
-        if grows and is_head(table.name) and bias in checkpoint.files:
+        alone = bias in checkpoint.files and planned[bias][1] is None
+        if grows and is_head(table.name) and alone:
             planned[bias] = (bias, Rows((), torch.zeros(0), found.size))
 
 

@@ -7,11 +7,14 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from lorikeet.adapters import read_adapter
+from lorikeet.adapters.anatomy import examine
 from lorikeet.config import RunConfig
 from lorikeet.data import Prepared
 from lorikeet.evaluate import Difference, Score, paired_difference
 from lorikeet.evaluate.samples import Sample
 from lorikeet.files import write_json, write_text
+from lorikeet.lora import lora_layers
 from lorikeet.model import Base, describe, peak_memory
 from lorikeet.study.result import RunResult
 
@@ -84,6 +87,7 @@ def _receipt(
             "tuned": result.tuned.summary() if result.tuned else None,
             "difference": difference.summary() if difference else None,
             "seen": _seen(result),
+            "moved": _moved(result, base),
         },
     }
 
@@ -98,6 +102,24 @@ def _seen(result: RunResult) -> dict[str, Any] | None:
         "tuned": tuned.summary(),
         "difference": paired_difference(tuned, base).summary(),
     }
+
+
+def _moved(result: RunResult, base: Base) -> float | None:
+    """Norm of the adapter's updates over that of the weights that they change.
+
+    None after full fine-tuning, which leaves no weights to compare with, and where weights are
+    packed or their modules are called otherwise in the file.
+    """
+    layers = lora_layers(base.model)
+    if not layers:
+        return None
+    adapter = read_adapter(result.folder.adapter)
+    weights: dict[str, Any] = {name: layer.base.weight for name, layer in layers.items()}
+    fits = adapter.updates.keys() == weights.keys() and all(
+        weights[name].is_floating_point() and tuple(weights[name].shape) == update.shape
+        for name, update in adapter.updates.items()
+    )
+    return examine(adapter, weights.__getitem__).total.relative if fits else None
 
 
 def _difference(tuned: Score | None, base: Score | None) -> Difference | None:

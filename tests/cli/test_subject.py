@@ -128,6 +128,10 @@ VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
         ("--lora.trainable_tokens", "5,9"),
         "model.embed_tokens.token_adapter.trainable_tokens_delta",
     ),
+    "new tokens": (
+        ("--lora.new_tokens", "plum!,gull!"),
+        "model.embed_tokens.token_adapter.trainable_tokens_delta",
+    ),
 }
 
 

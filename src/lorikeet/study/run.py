@@ -17,7 +17,14 @@ from lorikeet.errors import ConfigError
 from lorikeet.evaluate import Score, evaluate, paired_difference
 from lorikeet.evaluate.samples import Sample, answer
 from lorikeet.files import atomic_folder, write_text
-from lorikeet.lora import ParameterReport, carries_dora, grow_vocabulary, inject, parameter_report
+from lorikeet.lora import (
+    ParameterReport,
+    carries_dora,
+    grow_vocabulary,
+    inject,
+    parameter_report,
+    unseen_tokens,
+)
 from lorikeet.model import Base, load_model
 from lorikeet.study.folder import RunFolder
 from lorikeet.study.progress import StepProgress
@@ -154,6 +161,8 @@ def load(config: RunConfig) -> tuple[Base, Prepared, Renderer]:
     base = load_base(config)
     prepared = prepare(config.data, base.tokenizer, seed=config.train.seed)
     for warning in preflight(prepared, tokenizer=base.tokenizer, max_length=config.data.max_length):
+        console.warn(warning)
+    for warning in unseen_tokens(base.model, (example.ids for example in prepared.train)):
         console.warn(warning)
     renderer = Renderer(
         base.tokenizer, template=config.data.template, max_length=config.data.max_length

@@ -28,9 +28,10 @@ import numpy as np
 from lorikeet.evaluate import Score
 
 _LEVEL = 0.05
-_SEED_POWER = 1.25
-"""Power of the seeds' share. Cochran and Cox have 1, which covers 97.5 % with three seeds whose
-spread is that of the documents; with 1.25 two to eight seeds stay within 93 to 97 %."""
+_SEED_POWER = 1.5
+"""Power of the seeds' share. Cochran and Cox have 1, which covers 97.8 % with three seeds whose
+spread is that of the documents. With 1.5 three and five seeds stay within 93 to 97 %; two are at
+92.5 % where they carry nearly all of the variance."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def estimate(scores: Sequence[Score]) -> Estimate:
     Raises:
         ValueError: no score, or scores of different documents.
     """
-    return _estimate([_nats(scores)], _tokens(scores))
+    tokens = _tokens(scores)
+    return _estimate([_nats(scores)], tokens)
 
 
 def difference(scores: Sequence[Score], base: Sequence[Score]) -> Estimate:
@@ -130,19 +132,19 @@ def difference(scores: Sequence[Score], base: Sequence[Score]) -> Estimate:
     return _estimate([ours, -theirs], tokens)
 
 
-def student_t95(df: np.ndarray) -> np.ndarray:
-    """Two-sided 95 % point of Student's t, for one or more degrees of freedom, whole or not.
+def student_t95(df: float) -> float:
+    """Two-sided 95 % point of Student's t; degrees of freedom from 1 on, whole or not.
 
-    Newton's steps on the tail area, which falls and is convex: from the normal's point, on the left
-    of every solution, they close in from one side. Exact to 1e-9.
+    Newton's steps on the tail area, which falls and is convex in t, from Fisher's expansion
+    (Abramowitz and Stegun 26.7.5). Exact to ten digits.
     """
-    df = np.asarray(df, dtype=np.float64)
-    t = np.full(df.shape, 1.959963984540054)
+    z = 1.959963984540054
+    t = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
     for _ in range(64):
-        density = np.exp(-(df + 1) / 2 * np.log1p(t * t / df)) / np.sqrt(df) / _beta(df)
+        density = math.exp(-(df + 1) / 2 * math.log1p(t * t / df) - _log_beta(df)) / math.sqrt(df)
         step = (_two_tails(t, df) - _LEVEL) / (2 * density)
-        t = t + step
-        if np.all(np.abs(step) < 1e-10 * t):
+        t += step
+        if abs(step) < 1e-11 * t:
             break
     return t
 
@@ -181,10 +183,10 @@ def interval(
     # The interaction is subtracted because the documents' variance has it already, and never more
     # than that has: the sum is no less than either source alone.
     variance = by_documents + np.maximum(between - np.minimum(crossed, by_documents), 0)
-    t = student_t95(df)
+    t = _quantiles(df)
     if np.any(between > 0):
         doubt = np.add.reduce([found**2 / degrees for found, _, degrees in seeded if degrees])
-        seeds_t = student_t95(np.maximum(_ratio(between**2, doubt, otherwise=1.0), 1.0))
+        seeds_t = _quantiles(np.maximum(_ratio(between**2, doubt, otherwise=1.0), 1.0))
         share = _ratio(between, variance, otherwise=0.0) ** _SEED_POWER
         t = t + share * np.maximum(seeds_t - t, 0)
     return nll, np.sqrt(variance), t
@@ -230,42 +232,45 @@ def _nats(scores: Sequence[Score]) -> np.ndarray:
 
 
 def _df(t: float) -> float:
-    """Degrees of freedom whose quantile is `t`, by halving; the largest are all the normal's."""
+    """Degrees of freedom of which `t` is the 95 % point, by halving; at most a million."""
     low, high = 0.0, math.log(1e6)
-    for _ in range(60):
+    for _ in range(50):
         middle = (low + high) / 2
-        more = _two_tails(np.array(t), np.array(math.exp(middle))) > _LEVEL
+        more = _two_tails(t, math.exp(middle)) > _LEVEL
         low, high = (middle, high) if more else (low, middle)
     return math.exp(low)
 
 
-def _two_tails(t: np.ndarray, df: np.ndarray) -> np.ndarray:
+def _two_tails(t: float, df: float) -> float:
     """P(|T| > t): the regularised incomplete beta function I_x(df / 2, 1 / 2), x = df / (df + t^2).
 
-    By its continued fraction (Abramowitz and Stegun 26.5.8), evaluated with Lentz's method. It
-    converges fast for every t from the normal's 95 % point on.
+    By its continued fraction (Abramowitz and Stegun 26.5.8) with Lentz's method, which converges
+    fast from the normal's 95 % point on.
     """
     a, x = df / 2, df / (df + t * t)
-    c = np.ones_like(x)
-    d = fraction = 1 / (1 - (a + 0.5) / (a + 1) * x)
-    for m in range(1, 500):
+    c, d = 1.0, 1 / (1 - (a + 0.5) / (a + 1) * x)
+    fraction = d
+    for m in range(1, 10_000):
         even = m * (0.5 - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
         d, c = 1 / (1 + even * d), 1 + even / c
-        fraction = fraction * d * c
+        fraction *= d * c
         odd = -(a + m) * (a + 0.5 + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
         d, c = 1 / (1 + odd * d), 1 + odd / c
-        fraction = fraction * d * c
-        if np.all(np.abs(d * c - 1) < 1e-14):
+        fraction *= d * c
+        if abs(d * c - 1) < 1e-14:
             break
-    return np.exp(a * np.log(x)) * np.sqrt(1 - x) * fraction / a / _beta(df)
+    return math.exp(a * math.log(x) - _log_beta(df)) * math.sqrt(1 - x) * fraction / a
 
 
-def _beta(df: np.ndarray) -> np.ndarray:
-    """The beta function B(df / 2, 1 / 2)."""
-    return np.exp(_log_gamma(df / 2) - _log_gamma((df + 1) / 2)) * math.sqrt(math.pi)
+def _log_beta(df: float) -> float:
+    """Logarithm of the beta function B(df / 2, 1 / 2)."""
+    return math.lgamma(df / 2) + math.log(math.pi) / 2 - math.lgamma((df + 1) / 2)
 
 
-_log_gamma = np.vectorize(math.lgamma, otypes=[np.float64])
+def _quantiles(df: np.ndarray) -> np.ndarray:
+    """`student_t95` of many, each value once."""
+    values, where = np.unique(np.round(df, 9), return_inverse=True)
+    return np.array([student_t95(value) for value in values.tolist()])[where].reshape(np.shape(df))
 
 
 def _ratio(over: np.ndarray, under: np.ndarray, *, otherwise: float) -> np.ndarray:

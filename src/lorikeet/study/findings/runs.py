@@ -106,7 +106,7 @@ def fall(curve: Sequence[tuple[int, float]]) -> tuple[float, float] | None:
     variances = [float(part.var(ddof=1)) / n for part in parts]
     total = sum(variances)
     df = total**2 / sum(v**2 / (n - 1) for v in variances) if total else n - 1.0
-    reach = float(student_t95(np.array(df))) * math.sqrt(total)
+    reach = student_t95(df) * math.sqrt(total)
     return float(parts[0].mean() - parts[1].mean()), reach
 
 

@@ -356,3 +356,42 @@ def test_a_token_given_twice() -> None:
 
 def test_dora_and_pissa_exclude_each_other() -> None:
     assert "cannot be combined" in problems({"lora.dora": True, "lora.init": "pissa"})[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("{embed_tokens: [5, 9], lm_head: [5]}", {"embed_tokens": [5, 9], "lm_head": [5]}),
+        ({"lm_head": [3]}, {"lm_head": [3]}),
+        ("5,9", [5, 9]),
+        (7, [7]),
+    ],
+)
+def test_tokens_of_the_embedding_or_by_module(value: Any, expected: Any) -> None:
+    config = load_config(None, {"lora.trainable_tokens": value})
+    assert config.lora.trainable_tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ("{embed_tokens: [5", "expected {embed_tokens: [5, 9]}"),
+        ({"lm_head": [-1]}, "lora.trainable_tokens.lm_head.0: Input should be greater"),
+        ({"lm_head": 5}, "lora.trainable_tokens.lm_head: Input should be a valid list"),
+        ({"lm_head": [5, 5]}, "names a token twice"),
+    ],
+)
+def test_tokens_by_module_that_are_wrong(value: Any, named: str) -> None:
+    (found,) = problems({"lora.trainable_tokens": value})
+    assert named in found
+
+
+def test_new_tokens_may_hold_commas_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lora: {new_tokens: ['a, b', '<tool>']}\n")
+    assert load_config(file).lora.new_tokens == ["a, b", "<tool>"]
+    assert load_config(file, {"lora.new_tokens": "<a>, <b>"}).lora.new_tokens == ["<a>", "<b>"]
+    (tmp_path / "again.yaml").write_text(load_config(file).to_yaml())
+    assert load_config(tmp_path / "again.yaml").lora.new_tokens == ["a, b", "<tool>"]
+    for wrong, named in ((["x", "x"], "names a text twice"), ([""], "holds an empty text")):
+        assert named in problems({"lora.new_tokens": wrong})[0]

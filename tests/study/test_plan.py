@@ -88,3 +88,16 @@ def test_the_data_sets_the_tokens(tmp_path: Path) -> None:
     assert with_data.workload.step_tokens < without.workload.step_tokens / 10
     assert with_data.workload.step_supervised < with_data.workload.step_tokens
     assert with_data.memory.total < without.memory.total
+
+
+def test_tokens_that_are_trained_are_counted() -> None:
+    """Ids that the small vocabulary of the timed block lacks, and tokens that the model lacks."""
+    without = plan(load_config(overrides=settings()))
+    for options, base in (
+        ({"lora.trainable_tokens": "700,701"}, 0),
+        ({"lora.new_tokens": "<tool>,</tool>"}, 2 * 256),
+    ):
+        found = plan(load_config(overrides=settings(**options)))
+        assert found.parameters.base == without.parameters.base + base
+        assert found.parameters.trainable == without.parameters.trainable + 2 * 256
+        assert found.memory.logits > without.memory.logits  # the head is no plain product

@@ -22,6 +22,7 @@ VERBS = {
     "plan": "parameters, memory and time before anything runs",
     "compare": "base, LoRA and full fine-tuning under one protocol",
     "sweep": "ranks x rows x seeds ..., every combination measured alike",
+    "doctor": "what is wrong with a run or could be better, with the figures that say so",
     "generate": "answer prompts",
     "adapter inspect": "what an adapter does to which modules, and how it was made",
     "adapter combine": "sum, subtract, scale or merge adapters into one",

@@ -1,0 +1,239 @@
+"""Symptoms of how a run learnt: not at all, too fast, too slowly, and what carries over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lorikeet.study.doctor.curves import (
+    WINDOW,
+    Falls,
+    falls_of_evaluations,
+    falls_of_steps,
+    largest_rise,
+)
+from lorikeet.study.doctor.facts import RunFacts
+from lorikeet.study.doctor.finding import Finding, percent, share
+
+NOTHING = 0.02
+"""Nats per token, 2 % of perplexity: a change whose whole interval lies within this is none."""
+
+BARELY = 2.0**-9
+"""Updates below this share of the weights' norm are below the rounding of bf16, which keeps eight
+bits of a number: merged in bf16, they would mostly vanish. Of some sixty runs of two models, those
+with a useful rate moved their weights by 4 % to 100 %, those with a hundredth of it by 1 %, with a
+ten-thousandth by 0.1 %."""
+
+RISE_Z = 5.0
+"""Standard errors of a rise of the loss that is no accident, in a run of some hundred steps. The
+largest rise of a healthy run reached 4.5 there, that of runs whose learning rate was ten times too
+high 5.5 to 70."""
+
+RISE_MARGIN = 1.5
+"""Standard errors by which a rise must exceed what noise alone brings about in a longer run."""
+
+RISE = 0.05
+"""A rise must also be this share of the loss at the start: healthy runs that end near zero rise by
+many times their loss, and by a hundredth of where they began."""
+
+RUNAWAY = 10.0
+"""Growth of the gradient norm within a run too short for statistics that tells of an explosion;
+healthy runs stay below 3."""
+
+STILL = 0.5
+"""A loss whose slope over the learning rate spent is, after the middle of the run, at least this
+share of what it was before, has not bent: on an exponential approach half the slope means that two
+fifths of the way are still to go."""
+
+STILL_Z = 1.645
+"""One-sided 95 % point for that share."""
+
+
+def learning_symptoms(facts: RunFacts) -> Iterator[Finding]:
+    """All of them."""
+    yield from not_learning(facts)
+    yield from idle_modules(facts)
+    too_high = list(rate_too_high(facts))
+    yield from too_high
+    if not too_high:  # a rate that falls from too high lets the loss fall to the end
+        yield from rate_too_low(facts)
+        yield from still_falling(facts)
+
+
+def not_learning(facts: RunFacts) -> Iterator[Finding]:
+    """An update that is zero, or one that changes nothing on the validation rows."""
+    advice = "raise the learning rate tenfold until the loss moves, or look at the data"
+    evidence = {"learning_rate": facts.config.train.peak, "steps": facts.steps}
+    if _zero(facts):
+        yield Finding(
+            "not-learning",
+            "problem",
+            "the adapter's update is zero in every module: it is the base model as it was",
+            {**evidence, "update_norm": 0.0},
+            advice,
+        )
+        return
+    difference = facts.validation.difference if facts.validation else None
+    if difference is None or difference.interval is None:
+        return
+    low, high = difference.interval
+    if max(abs(low), abs(high)) < NOTHING:
+        moved = ""
+        if facts.moved is not None:
+            moved = f"; the updates are {percent(facts.moved)} of the weights that they change"
+        yield Finding(
+            "not-learning",
+            "problem",
+            f"after {facts.steps} steps the validation loss changed by {difference}{moved}",
+            {**evidence, **difference.summary(), "moved": facts.moved},
+            advice,
+        )
+
+
+def idle_modules(facts: RunFacts) -> Iterator[Finding]:
+    """Some modules whose update is zero, while others have one."""
+    modules = facts.anatomy.modules if facts.anatomy else ()
+    idle = [m.name for m in modules if m.norm == 0]
+    if not 0 < len(idle) < len(modules):
+        return
+    yield Finding(
+        "idle-modules",
+        "problem",
+        f"the update is zero in {share(len(idle), len(modules))} adapted modules,"
+        f" {idle[0]} among them",
+        {"modules": len(modules), "idle": idle},
+        "these modules take no part in what the model computes: leave them out with"
+        " --lora.exclude_modules, or look why nothing flows through them",
+    )
+
+
+def _zero(facts: RunFacts) -> bool:
+    anatomy = facts.anatomy
+    if anatomy is None or anatomy.whole or anatomy.tokens:
+        return False
+    return anatomy.total.norm == 0
+
+
+def rate_too_high(facts: RunFacts) -> Iterator[Finding]:
+    """A loss that rises over where it was, by far more than its noise."""
+    curve = facts.curve
+    peak = facts.config.train.peak
+    advice = (
+        f"lower --train.learning_rate to {peak / 10:.1g} or below"
+        " (a longer --train.warmup helps if only the first steps rise)"
+    )
+    evidence = {"learning_rate": peak, "steps": len(curve), "moved": facts.moved}
+    start = facts.validation.base if facts.validation else None
+    rise = largest_rise(curve, start=start)
+    if rise is None:
+        yield from _runaway(facts, advice)
+        return
+    first = float(curve.loss[0]) if start is None else start
+    sure = rise.z >= max(RISE_Z, rise.chance + RISE_MARGIN)
+    if sure and rise.high - rise.low >= RISE * first:
+        yield Finding(
+            "learning-rate-too-high",
+            "problem",
+            f"around step {rise.step} the training loss rose from {rise.low:.3f} to {rise.high:.3f}"
+            f" nats/token, {rise.z:.0f} standard errors",
+            {**evidence, "step": rise.step, "low": rise.low, "high": rise.high, "z": rise.z},
+            advice,
+        )
+
+
+def _runaway(facts: RunFacts, advice: str) -> Iterator[Finding]:
+    """A run of a few steps whose last two show a grown loss and an exploded gradient."""
+    curve = facts.curve
+    if len(curve) < 3:
+        return
+    growth = float(curve.grad_norm[-2:].min() / curve.grad_norm[0])
+    losses = float(curve.loss[-2:].min() / curve.loss[0])
+    if growth >= RUNAWAY and losses > 1:
+        yield Finding(
+            "learning-rate-too-high",
+            "problem",
+            f"within {len(curve)} steps the gradient norm grew {growth:.0f}-fold and the training"
+            f" loss from {curve.loss[0]:.3f} to {curve.loss[-1]:.3f} nats/token",
+            {
+                "learning_rate": facts.config.train.peak,
+                "steps": len(curve),
+                "gradient_growth": growth,
+                "loss_first": float(curve.loss[0]),
+                "loss_last": float(curve.loss[-1]),
+            },
+            advice,
+        )
+
+
+def rate_too_low(facts: RunFacts) -> Iterator[Finding]:
+    """Weights that barely moved."""
+    if facts.moved is None or not 0 < facts.moved < BARELY:
+        return
+    curve = facts.curve
+    yield Finding(
+        "learning-rate-too-low",
+        "hint",
+        f"the updates are {percent(facts.moved)} of the weights that they change, which is below"
+        f" the rounding of bf16 ({percent(BARELY)})",
+        {
+            "moved": facts.moved,
+            "learning_rate": facts.config.train.peak,
+            "steps": facts.steps,
+            "learning_rate_spent": float(curve.learning_rate.sum()),
+        },
+        f"raise --train.learning_rate tenfold, to {10 * facts.config.train.peak:.1g}, or train"
+        " for many more steps",
+    )
+
+
+def still_falling(facts: RunFacts) -> Iterator[Finding]:
+    """A loss that fell at the end as it did at the beginning: there was more to learn."""
+    seen = facts.epochs is None or facts.epochs > 1 + 1 / WINDOW
+    falls = None
+    if facts.validation:
+        falls = falls_of_evaluations(facts.curve, facts.evaluations, base=facts.validation.base)
+    source = "validation"
+    if falls is None:
+        falls, source = falls_of_steps(facts.curve), "training"
+        if falls is not None and seen:
+            falls = _without_memory(facts, falls)
+    if falls is None or falls.after < NOTHING or falls.before <= 0:
+        return
+    excess, error = falls.excess(STILL)
+    if excess <= STILL_Z * error:
+        return
+    before, after = falls.slopes
+    yield Finding(
+        "still-falling",
+        "hint",
+        f"the {source} loss was still falling at the end: by {falls.after:.3f} nats/token over the"
+        f" last {percent(1 - falls.place)} of the learning rate spent, {falls.before:.3f} over the"
+        f" first {percent(falls.place)}",
+        {
+            "source": source,
+            "place": falls.place,
+            "fall_before": falls.before,
+            "fall_after": falls.after,
+            "slope_ratio": after / before,
+            "excess": excess,
+            "excess_stderr": error,
+            "moved": facts.moved,
+        },
+        "train for more steps; if the loss fell smoothly from the first step on, a learning rate"
+        f" of {3 * facts.config.train.peak:.1g} gets there sooner",
+    )
+
+
+def _without_memory(facts: RunFacts, falls: Falls) -> Falls | None:
+    """The falls of rows seen more than once, less what validation rows show to be memory.
+
+    None where the part of memory is not known.
+    """
+    if facts.validation is None or facts.seen is None:
+        return None
+    held_out, seen = facts.validation.difference, facts.seen.difference
+    if held_out.stderr is None or seen.stderr is None:
+        return None
+    memory = max(held_out.nll - seen.nll, 0.0)
+    covariance = falls.covariance.copy()
+    covariance[1, 1] += held_out.stderr**2 + seen.stderr**2
+    return Falls(falls.place, falls.before, falls.after - memory, covariance)

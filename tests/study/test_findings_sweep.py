@@ -128,6 +128,7 @@ def test_a_learning_rate_at_the_end_and_its_selection() -> None:
     assert "its learning rate was picked so" in chosen.text
     assert chosen.figures["picked_by_halves"] == ["lora learning_rate=0.001"] * 2
     assert chosen.figures["nll_picked_elsewhere"] == pytest.approx(chosen.figures["nll"])
+    assert "Either half of the documents alone picks the same one" in chosen.text
     inside = grid(varied, lambda s: 2.0 + abs(math.log10(s["train.learning_rate"] / 1e-4)))
     assert "may lie beyond" not in only(inside, "learning_rate").text
 
@@ -142,6 +143,7 @@ def test_picking_among_equals_flatters() -> None:
     ]
     chosen = only(replace(study, trials=noisy), "selection")
     assert chosen.figures["nll"] < chosen.figures["nll_picked_elsewhere"] - 0.02
+    assert "Picked on one half of the documents and measured on the other" in chosen.text
     assert "learning rate" not in chosen.text
 
 

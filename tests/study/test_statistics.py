@@ -192,6 +192,65 @@ def test_seeds_that_differ_by_a_level_alone() -> None:
     assert estimate(scores).stderr == pytest.approx(math.sqrt(alone**2 + seeds))
 
 
+def by_loops(scores: list[Score]) -> tuple[float, float]:
+    """Variance of the mean and t, term by term: the slow and obvious way."""
+    tokens = scores[0].tokens_per_document
+    seeds, n, total = len(scores), len(tokens), float(tokens.sum())
+    level = [float(score.nats.sum()) / total for score in scores]
+    nll = sum(level) / seeds
+    mean = [sum(float(score.nats[d]) for score in scores) / seeds for d in range(n)]
+    out = [(mean[d] - nll * tokens[d]) / (1 - tokens[d] / total) for d in range(n)]
+    documents = (n - 1) / n * sum(e**2 for e in out) / total**2
+    kurtosis = n * sum(e**4 for e in out) / sum(e**2 for e in out) ** 2
+    t = student_t95(min(max(2 * n / (kurtosis - (n - 3) / (n - 1)), 1), n - 1))
+    between = sum((one - nll) ** 2 for one in level) / (seeds - 1) / seeds
+    crossed = 0.0
+    for s, d in product(range(seeds), range(n)):
+        crossed += (scores[s].nats[d] - mean[d] - (level[s] - nll) * tokens[d]) ** 2
+    crossed *= n / (n - 1) / total**2 / (seeds - 1) / seeds
+    variance = documents + max(between - min(crossed, documents), 0)
+    share = between / variance
+    return variance, t + share**1.5 * (student_t95(seeds - 1) - t)
+
+
+@pytest.mark.parametrize("sd", [0.0, 0.02, 0.1, 0.5])
+def test_variance_and_quantile_against_loops(sd: float) -> None:
+    for seed in range(5):
+        scores = some(25, 4, seed=seed, sd=sd)
+        found = estimate(scores)
+        variance, t = by_loops(scores)
+        assert found.stderr == pytest.approx(math.sqrt(variance))
+        assert found.high is not None and found.stderr is not None
+        assert (found.high - found.nll) / found.stderr == pytest.approx(t)
+        assert found.df is not None
+        assert student_t95(found.df) == pytest.approx(t)
+
+
+def test_unequal_seeds_against_loops() -> None:
+    """Both sides' seeds add, with Welch's degrees of freedom."""
+    ours, theirs = some(25, 4, seed=1, sd=0.3), some(25, 2, seed=2, sd=0.3)
+    tokens = ours[0].tokens_per_document
+    between, crossed = [], []
+    for side in (ours, theirs):
+        mean = np.mean([score.nats for score in side], axis=0)
+        level = np.array([score.nll for score in side])
+        rest = [s.nats - mean - (s.nll - level.mean()) * tokens for s in side]
+        between.append(level.var(ddof=1) / len(side))
+        squares = sum(float((r**2).sum()) for r in rest) * 25 / 24 / tokens.sum() ** 2
+        crossed.append(squares / (len(side) - 1) / len(side))
+    gap = [np.mean([score.nats for score in side], axis=0) for side in (ours, theirs)]
+    documents = estimate([Score(gap[0] - gap[1], tokens, 0)]).stderr or 0
+    variance = documents**2 + sum(between) - min(sum(crossed), documents**2)
+    welch = sum(between) ** 2 / (between[0] ** 2 / 3 + between[1] ** 2)
+    found = difference(ours, theirs)
+    assert found.stderr == pytest.approx(math.sqrt(variance))
+    low = estimate([Score(gap[0] - gap[1], tokens, 0)]).df or 0
+    share = (sum(between) / variance) ** 1.5
+    t = student_t95(low) + share * (student_t95(welch) - student_t95(low))
+    assert found.high is not None and found.stderr is not None
+    assert (found.high - found.nll) / found.stderr == pytest.approx(t)
+
+
 def test_pairs_of_seeds_take_out_what_a_seed_does_to_both() -> None:
     """A seed that moves both sides alike moves no difference; independent seeds would."""
     base, tokens = some(), some()[0].tokens_per_document

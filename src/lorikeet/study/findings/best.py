@@ -47,8 +47,8 @@ def _best(
     against = of.gap(first.tests, [base.test]) if base and base.test else None
     if against is not None and base is not None and base.test is not None:
         text += (
-            f", against the base model's {figures.perplexity(base.test.perplexity)}"
-            f" {change(against, of='')}"
+            f", {change(against, of='')} against the base model's"
+            f" {figures.perplexity(base.test.perplexity)}"
         )
     labels = [group.label for group in same]
     told = len(groups) - 1 - len(same)
@@ -123,10 +123,14 @@ def _selection(study: Study, groups: Sequence[Group], first: Group) -> Finding:
         given["nll_picked_elsewhere"] = honest = _scored_elsewhere(halves)
         given["picked_by_halves"] = [group.label for group in halves]
         ratio = float(np.exp(honest - of.nll(first)))
-        text += (
-            ". Picked on one half of the documents and measured on the other, both ways, the best"
-            f" has a perplexity of {figures.perplexity(float(np.exp(honest)))} ({percent(ratio)})"
-        )
+        if all(group is first for group in halves):
+            text += ". Either half of the documents alone picks the same one"
+        else:
+            text += (
+                ". Picked on one half of the documents and measured on the other, both ways, the"
+                f" best has a perplexity of {figures.perplexity(float(np.exp(honest)))}"
+                f" ({percent(ratio)})"
+            )
     return Finding("selection", f"{text}.", given)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -21,6 +20,9 @@ perplexity. The evaluations of a run are of the same rows, but how far they diff
 known."""
 
 _ERROR = 200  # characters of an error
+
+Falls = Mapping[str, tuple[float, float]]
+"""By run: how far its training loss fell, and the half-width of that."""
 
 
 def of_seeds(study: Study) -> Iterator[Finding]:
@@ -112,29 +114,44 @@ def fall(curve: Sequence[tuple[int, float]]) -> tuple[float, float] | None:
 
 def _falls(trials: Sequence[Trial], against: dict[str, Estimate | None]) -> Iterator[Finding]:
     falls = {trial.name: found for trial in trials if (found := fall(trial.curve))}
-    flat = {
-        name: (by, reach)
-        for name, (by, reach) in falls.items()
-        if by <= reach and not _better(against[name])
+    unseen = {name: (by, reach) for name, (by, reach) in falls.items() if by <= reach}
+    flat = {name: found for name, found in unseen.items() if not _better(against[name])}
+    figures = {
+        "runs": len(trials),
+        "falls": {name: {"fall": by, "reach": reach} for name, (by, reach) in falls.items()},
+        "flat": list(flat),
+        "flat_but_better": [name for name in unseen if name not in flat],
     }
-    figures: dict[str, Any] = {"runs": len(trials), "falls": {k: v[0] for k, v in falls.items()}}
     if flat:
         shown = some([f"{name} ({-by:+.3f} +- {reach:.3f})" for name, (by, reach) in flat.items()])
         yield Finding(
             "convergence",
             f"Of {count(len(flat), 'run')} of {len(trials)} the training loss cannot be seen to"
             f" fall, last tenth of the steps against the first: {shown} nats/token.",
-            {**figures, "flat": {k: {"fall": v[0], "reach": v[1]} for k, v in flat.items()}},
+            figures,
         )
     elif falls:
-        least = min(falls, key=lambda name: falls[name])
-        every = "The one run" if len(trials) == 1 else f"All {len(trials)} runs"
-        yield Finding(
-            "convergence",
-            f"{every} learnt: from the first tenth of the steps to the last the training loss fell"
-            f" by {falls[least][0]:.3f} nats/token or more ({least} least).",
-            {**figures, "least": least},
+        yield Finding("convergence", _learnt(falls, unseen), figures)
+
+
+def _learnt(falls: Falls, unseen: Falls) -> str:
+    seen = [name for name in falls if name not in unseen]
+    text = f"{'The one run' if len(falls) == 1 else f'All {len(falls)} runs'} learnt: "
+    if seen:
+        least = min(seen, key=lambda name: falls[name][0])
+        text += (
+            f"{'the' if len(seen) == len(falls) else f'of {len(seen)} the'} training loss fell"
+            " from the first tenth of the steps to the last by"
+            f" {falls[least][0]:.3f} nats/token"
+            f"{f' or more ({least} least)' if len(seen) > 1 else ''}"
         )
+    if unseen:
+        text += ", and " if seen else ""
+        text += (
+            f"{count(len(unseen), 'run')} whose training loss cannot be seen to fall"
+            f" {'is' if len(unseen) == 1 else 'are'} better than the base on the test rows"
+        )
+    return f"{text}."
 
 
 def _rises(trials: Sequence[Trial]) -> Iterator[Finding]:

@@ -70,7 +70,7 @@ def test_json_alone_on_stdout(
     found = json.loads(shown)
     assert code == 0
     assert found.pop("seconds") > 0
-    assert found == {"out": str(out), "tensors": 38, "merged": 28, "verify": None}
+    assert found == {"out": str(out), "tensors": 38, "merged": 28, "rows": None, "verify": None}
 
 
 def test_verified(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

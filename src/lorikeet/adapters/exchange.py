@@ -71,7 +71,7 @@ def read_adapter(folder: Path) -> Adapter:
         modules_to_save=tuple(config.modules_to_save or ()),
         bias=config.bias,
         tokens=tuple(Tokens(name, ids, rows.float()) for name, (ids, rows) in found.items()),
-        vocabulary=recorded(info.provenance),
+        vocabulary=recorded(info.provenance, tensors),
     )
 
 

@@ -77,8 +77,8 @@ def read_parts(
     need = needed(model, tokenizer, folder, info, tensors)
     if need.vocabulary and vocabulary(model) is None and bound:
         raise AdapterError(
-            f"the adapter in {folder} brings new tokens, {need.vocabulary}, but {', '.join(bound)},"
-            " which changes embedding or head, fits the vocabulary as it is; load this one first"
+            f"the adapter in {folder} brings new tokens, {need.vocabulary}; load it before those"
+            f" that change embedding or head and so fit the vocabulary as it is: {', '.join(bound)}"
         )
     with growing(model, tokenizer, need.vocabulary, starts=need.starts):
         return info, _made_for(model, folder, info, tensors, need.vocabulary)

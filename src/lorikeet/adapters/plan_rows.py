@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorikeet.adapters.adapter import Adapter, Tokens, Update
 from lorikeet.adapters.checkpoint import HEADS, Checkpoint, blocks_of, is_head, leaf
-from lorikeet.lora.vocabulary import listed
+from lorikeet.lora.vocabulary import leading
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 """What a weight that is not quantised is stored as, in the words of safetensors."""
@@ -185,11 +185,11 @@ def _rows(checkpoint: Checkpoint, table: _Table, found: Tables) -> Rows | Findin
             sizes = f"{table.source} is {list(entry.shape)}, the adapter has rows"
             return "misshapen", f"{sizes} {list(rows.shape)} of {len(ids)} tokens"
         given |= dict(zip(ids, rows, strict=True))
-    lost = [n for n in range(found.base_rows, found.size) if n not in given]
-    if lost:
+    lost = (n for n in range(found.base_rows, found.size) if n not in given)
+    if shown := leading(lost):
         return (
             "rows of new tokens that the adapter does not have",
-            f"{table.name}: {listed(lost)} (the base has {found.base_rows} rows)",
+            f"{table.name}: {shown} (the base has {found.base_rows} rows)",
         )
     rows = torch.stack([row.float() for row in given.values()]) if given else torch.zeros(0, *width)
     return Rows(tuple(given), rows, found.size)

@@ -21,7 +21,7 @@ from lorikeet.adapters.names import copy_names, tensor_name
 from lorikeet.adapters.schema import AdapterInfo
 from lorikeet.errors import AdapterError
 from lorikeet.lora import NewToken, Tables, Vocabulary, ids_by_table, tables, vocabulary
-from lorikeet.lora.vocabulary import listed
+from lorikeet.lora.vocabulary import leading, listed
 
 KEY = "vocabulary"
 """Where an adapter's provenance says what the vocabulary has gained."""
@@ -47,8 +47,15 @@ class Needed:
     starts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def recorded(provenance: Mapping[str, Any]) -> Vocabulary | None:
+def recorded(
+    provenance: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+) -> Vocabulary | None:
     """What an adapter of ours says; None if it says nothing.
+
+    Args:
+        provenance: where it says it.
+        tensors: what its file holds, if more is to be done than to show it: no vocabulary grows by
+            more rows than a table in the file has.
 
     Raises:
         AdapterError: it says something else than what we write.
@@ -56,6 +63,7 @@ def recorded(provenance: Mapping[str, Any]) -> Vocabulary | None:
     found = provenance.get(KEY)
     if found is None:
         return None
+    damaged = f"the adapter's record of new tokens ({KEY}) is damaged"
     try:
         rows, base_rows = (
             TypeAdapter(int).validate_python(found[key], strict=True)
@@ -63,9 +71,13 @@ def recorded(provenance: Mapping[str, Any]) -> Vocabulary | None:
         )
         tokens = TypeAdapter(tuple[NewToken, ...]).validate_python(found["new_tokens"])
     except (ValidationError, KeyError, TypeError) as error:
-        raise AdapterError(
-            f"the adapter's record of new tokens ({KEY}) is damaged: {error}"
-        ) from None
+        raise AdapterError(f"{damaged}: {error}") from None
+    ids = [token.id for token in tokens]
+    if not (0 <= base_rows <= rows and ids == sorted(set(ids)) and all(0 <= n < rows for n in ids)):
+        raise AdapterError(f"{damaged}: {base_rows} rows, then {rows}, with tokens {listed(ids)}")
+    most = max((len(t) for t in (tensors or {}).values() if t.dim() == 2), default=0)
+    if tensors is not None and rows - base_rows > most:
+        raise AdapterError(f"{damaged}: {rows} rows, of which the adapter has {most} at most")
     return Vocabulary(tokens, rows, base_rows)
 
 
@@ -89,7 +101,7 @@ def needed(
     Raises:
         AdapterError: rows or tokens that are needed are nowhere; lists every finding.
     """
-    own = recorded(info.provenance)
+    own = recorded(info.provenance, tensors)
     if own is None:
         return _of_another_tool(model, tokenizer, folder, info, tensors)
     if tokenizer is None and own != vocabulary(model):
@@ -168,7 +180,7 @@ class _Held:
             ids = {**dict.fromkeys(found.tied, ids[found.name]), **ids}
         saved = info.config.modules_to_save or []
         whole = frozenset(n for n in found.all if any(n.endswith(entry) for entry in saved))
-        tables = {
+        full = {
             name: tensors[key]
             for name in found.all
             for key in copy_names(f"{name}.weight")
@@ -176,13 +188,13 @@ class _Held:
         }
         starts = {}
         for name, sharing in own.items():
-            copies = [n for n in sharing if n in tables and n not in whole]
-            trained = [n for n in sharing if n in tables and whole.issuperset(sharing)]
+            copies = [n for n in sharing if n in full and n not in whole]
+            trained = [n for n in sharing if n in full and whole.issuperset(sharing)]
             if copies or trained:
-                starts[name] = tables[(copies or trained)[0]]
+                starts[name] = full[(copies or trained)[0]]
         factors = {tensor_name(found.name, "A", embedding=True): 1}
         factors |= {tensor_name(n, "B", embedding=False): 0 for n in (*found.tied, *found.heads)}
-        sizes = [len(table) for table in tables.values()]
+        sizes = [len(table) for table in full.values()]
         sizes += [tensors[k].shape[dim] for k, dim in factors.items() if k in tensors]
         sizes += [1 + max(trained) for trained in ids.values()]
         rows = found.embedding.num_embeddings
@@ -230,9 +242,9 @@ def _check_rows(
         _without_tokenizer(folder, held)
     problems = []
     for table in held.own:
-        lost = [n for n in range(held.rows, held.size) if not held.has(table, n)]
-        if lost:
-            problems.append(f"{table}, rows of the tokens {listed(lost)}")
+        lost = (n for n in range(held.rows, held.size) if not held.has(table, n))
+        if shown := leading(lost):
+            problems.append(f"{table}, rows of the tokens {shown}")
     named = {token.id for token in gained}
     trained = dict.fromkeys(n for own in held.ids.values() for n in own if n >= held.rows)
     nameless = [n for n in trained if n not in named]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 from tokenizers import AddedToken
@@ -12,7 +13,8 @@ from torch import nn
 from lorikeet.errors import AdapterError
 from lorikeet.lora.targets import base_modules
 
-MARK = "_lorikeet_vocabulary"  # what a model's vocabulary has gained
+MARK = "_lorikeet_vocabulary"
+"""The attribute of a model that says what its vocabulary has gained."""
 _SHOWN = 8  # entries in an error; the rest is counted
 
 
@@ -169,3 +171,9 @@ def listed(entries: Sequence[object]) -> str:
     """The first entries of a list, and how many more there are."""
     more = f" and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
     return ", ".join(map(str, entries[:_SHOWN])) + more
+
+
+def leading(entries: Iterable[object]) -> str:
+    """The first entries of what may have no end; empty if there are none."""
+    first = list(map(str, islice(entries, _SHOWN + 1)))
+    return ", ".join(first[:_SHOWN]) + " and more" * (len(first) > _SHOWN)

@@ -34,6 +34,7 @@ def shortened(text: str, *, width: int, lines: int = 1) -> str:
         if found[-1] and len(found[-1]) + len(piece.rstrip()) > width:
             found.append("")
         found[-1] += piece
-    if len(found) > lines or max(map(len, found)) > width + 1:  # a word that is longer than a line
+    found = [line.strip() for line in found]
+    if len(found) > lines or max(map(len, found)) > width:  # a word is longer than a line
         found = [whole[first : first + width] for first in range(0, len(whole), width)]
-    return "\n".join(line.strip() for line in found)
+    return "\n".join(found)

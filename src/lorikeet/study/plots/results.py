@@ -68,9 +68,9 @@ def plot_differences(outcomes: Sequence[Outcome]) -> Picture | None:
     name = shortened(called[best.label], width=44)
     axes.set_title(f"Distance to the best: {name}")
     caption = (
-        "The same documents are compared one by one, so these intervals are narrower than the"
-        " perplexities'. Hollow marks: the interval includes 0, no difference was shown. The best"
-        " was picked by the same figures, so it looks a little better than it is."
+        "The same documents are compared one by one, so these intervals are mostly narrower than"
+        " the perplexities'. Hollow marks: the interval includes 0, no difference was shown. The"
+        " best was picked by the same figures, so it looks a little better than it is."
     )
     return picture("difference", figure, title="Distance to the best", caption=caption)
 

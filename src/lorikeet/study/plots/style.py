@@ -48,7 +48,8 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "lorikeet",  # ids come from it instead of from chance
     "font.size": 9,
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same on every machine
     "text.color": INK,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
@@ -62,7 +63,6 @@ _STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.linewidth": 0.8,
-    "axes.unicode_minus": True,
     "grid.color": GRID,
     "grid.linewidth": 0.8,
     "xtick.color": MUTED,
@@ -166,7 +166,11 @@ def render(figure: Figure, kind: str, *, dpi: int = 200) -> bytes:
 
 
 def picture(name: str, figure: Figure, *, title: str, caption: str) -> Picture:
-    """Render a figure in both formats; call it within `styled`."""
+    """Render a figure in both formats, laid out once; call it within `styled`."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+    figure.set_layout_engine("none")
     return Picture(name, title, caption, render(figure, "svg"), render(figure, "png"))
 
 
@@ -186,7 +190,8 @@ def inline_svg(made: Picture) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{made.name}-", text)
-    text = re.sub(r"(font: [^;']*?\d(?:\.\d+)?px) [^;\"]*", r"\1 var(--font, sans-serif)", text)
+    for fonts in (r"(font-family:)", r"(font: [^;\"]*?px)"):  # matplotlib from 3.11 on, and before
+        text = re.sub(fonts + r" [^;\"]*", r"\1 var(--font, sans-serif)", text)
     text = text.replace("<svg ", f'<svg role="img" aria-labelledby="caption-{made.name}" ', 1)
     for colour, variable in _theme():
         text = text.replace(colour, f"var({variable}, {colour})")

@@ -18,6 +18,7 @@ from lorikeet.cli.main import main
 from lorikeet.config import load_config
 from lorikeet.model import init_model
 from lorikeet.study.plan import plan
+from lorikeet.study.sweep_file import read_sweep
 from lorikeet.train import read_metrics
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -27,12 +28,22 @@ SHAPES = {
     "tinyllama-dolly": ("tinyllama-1.1b-chat", 1_126_400),
     "llama-3.1-8b": ("llama-3.1-8b", 13_631_488),
 }
+SWEEPS = {"sweep-rank-rows": 12, "sweep-rank-targets": 90}
 
 Shared = Callable[[str], Path]
 
 
 def test_every_recipe_is_tested() -> None:
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == set(SHAPES)
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*SHAPES, *SWEEPS}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_sweep_has_its_trials(name: str) -> None:
+    flags = {"model.path": "M", "data.path": "D", "train.learning_rate": "1e-2"}
+    trials = read_sweep(RECIPES / f"{name}.yaml", flags).trials()
+    assert len(trials) == SWEEPS[name]
+    assert all(t.config.lora.alpha == 2 * t.config.lora.r for t in trials)
+    assert {t.config.train.learning_rate for t in trials} == {1e-2}
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -139,6 +139,9 @@ def test_theirs_without_a_tokenizer(tiny: Tiny, letters: Letters, tmp_path: Path
     letters(48).save_pretrained(str(tmp_path / "a"))  # the base's, which does not know them
     with pytest.raises(AdapterError, match=r"tokenizer.json, texts of the tokens 48, 49"):
         load_adapter(tiny("llama-tied"), tmp_path / "a", tokenizer=letters(48))
+    save_theirs(theirs, letters, tmp_path / "b")
+    with pytest.raises(AdapterError, match="Give the base's tokenizer too"):
+        load_adapter(tiny("llama-tied"), tmp_path / "b")
 
 
 def test_theirs_on_another_base(tiny: Tiny, letters: Letters, tmp_path: Path) -> None:

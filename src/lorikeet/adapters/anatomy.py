@@ -349,7 +349,7 @@ def _findings(anatomy: Anatomy) -> Iterator[str]:
     if anatomy.new_tokens:
         yield f"new tokens, which the base learns when the adapter is loaded: {anatomy.new_tokens}"
     if anatomy.copies:
-        yield f"the file repeats {anatomy.copies} weights of the base beside adapted embeddings"
+        yield f"the file repeats {anatomy.copies} weights of the base, as PEFT does of embeddings"
 
 
 _PATTERNS = (

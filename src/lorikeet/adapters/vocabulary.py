@@ -119,7 +119,7 @@ def _of_another_tool(
     info: AdapterInfo,
     tensors: Mapping[str, Tensor],
 ) -> Needed:
-    if not hasattr(model, "get_input_embeddings"):  # no model of tokens
+    if getattr(model, "get_input_embeddings", None) is None:  # only transformers' models have it
         return Needed()
     found, before = tables(model), vocabulary(model)
     given = _added_tokens(folder)
@@ -132,13 +132,13 @@ def _of_another_tool(
             f" {before}; load the base anew"
         )
     held = _Held.of(model, found, info, tensors)
-    if tokenizer is None or (not given and held.size <= held.rows):
-        return _without_tokenizer(folder, held)
+    if tokenizer is None or not given:
+        return _without_tokenizer(folder, held, given=given)
     known = tokenizer.get_vocab()
     taken = set(known.values())
     lacking = [t for t in given if t.text not in known and t.id not in taken]
     gained = [t for t in lacking if held.brings(t.id)]
-    _check_rows(folder, held, gained, tokenizer_there=bool(given))
+    _check_rows(folder, held, gained)
     left = [str(t) for t in lacking if t not in gained]
     if left:
         console.warn(
@@ -214,7 +214,7 @@ class _Held:
         return any(token in own for own in self.ids.values()) or not self.whole.isdisjoint(self.own)
 
 
-def _without_tokenizer(folder: Path, held: _Held) -> Needed:
+def _without_tokenizer(folder: Path, held: _Held, *, given: Sequence[NewToken]) -> Needed:
     """Nothing is needed, or nothing can be done.
 
     Raises:
@@ -223,23 +223,22 @@ def _without_tokenizer(folder: Path, held: _Held) -> Needed:
     if held.size <= held.rows:
         return Needed()
     sizes = f"a vocabulary of at least {held.size} tokens, and the base has {held.rows} rows"
-    raise AdapterError(
-        f"the adapter in {folder} was trained with {sizes}. What its new tokens are is for their"
-        f" tokenizer to say: save it into that folder (tokenizer.save_pretrained, with a"
-        f" {TOKENIZER_FILE}), and give the base's own tokenizer too"
-    )
+    if given:
+        advice = "Give the base's tokenizer too, so that it can learn the new tokens"
+    else:
+        advice = (
+            "What its new tokens are is for the tokenizer to say that it was trained with: save it"
+            f" into that folder (tokenizer.save_pretrained, which writes a {TOKENIZER_FILE})"
+        )
+    raise AdapterError(f"the adapter in {folder} was trained with {sizes}. {advice}")
 
 
-def _check_rows(
-    folder: Path, held: _Held, gained: Sequence[NewToken], *, tokenizer_there: bool
-) -> None:
+def _check_rows(folder: Path, held: _Held, gained: Sequence[NewToken]) -> None:
     """Check that every row beyond the base's is somewhere, and that what was trained has a text.
 
     Raises:
         AdapterError: with every finding.
     """
-    if held.size > held.rows and not tokenizer_there:
-        _without_tokenizer(folder, held)
     problems = []
     for table in held.own:
         lost = (n for n in range(held.rows, held.size) if not held.has(table, n))

@@ -94,9 +94,7 @@ def test_a_comparison_chooses_on_other_rows_than_it_reports(tmp_path: Path, smal
         assert len(one.other.nats) == len(held.other) <= OTHER
 
 
-def test_a_failing_trial_is_written_down_and_the_next_goes_on(
-    tmp_path: Path, small: Small
-) -> None:
+def test_a_failing_trial_is_written_down_and_the_next_goes_on(tmp_path: Path, small: Small) -> None:
     config = small(train__max_steps=4)
     bench = _bench(tmp_path, config)
     folder = StudyFolder(tmp_path)

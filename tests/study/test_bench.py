@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from lorikeet.config import RunConfig
 from lorikeet.errors import ConfigError
-from lorikeet.study.bench import OTHER, Bench
+from lorikeet.study.bench import OTHER, Bench, _lent
 from lorikeet.study.grid import changed
 from lorikeet.study.prose import prose_file
 from lorikeet.study.protocol import Planned, Protocol, StudyFolder
-from lorikeet.study.run import train_run
+from lorikeet.study.run import load_base, train_run
 
 Small = Callable[..., RunConfig]
 
@@ -137,14 +135,17 @@ def test_a_study_does_not_go_on_with_other_data(tmp_path: Path, small: Small) ->
         _bench(tmp_path / "study", config)
 
 
-def test_a_changed_base_is_our_bug_and_said(tmp_path: Path, small: Small) -> None:
-    config = small()
+def test_a_base_that_comes_back_changed_is_our_bug_and_said(small: Small) -> None:
+    base = load_base(small())
+    with pytest.raises(RuntimeError, match="changed the base model"), _lent(base, method="lora"):
+        base.model.get_parameter("model.norm.weight").data.mul_(2)
+    with _lent(base, method="full"):
+        base.model.get_parameter("model.norm.weight").data.mul_(2)  # is put back
+
+
+def test_new_tokens_grow_the_shared_base_once(tmp_path: Path, small: Small) -> None:
+    config = small(lora__new_tokens=["<arr>"], train__max_steps=1)
     bench = _bench(tmp_path, config)
-    assert bench._base is not None
-    base = bench._base[1]
-    bench._base = bench._base[0], replace(base, fingerprint="another")
-    trial = bench.do(_planned(config))
-    assert "changed the base model" in (trial.error or "")
-    assert "RuntimeError" in (tmp_path / "errors" / "one.txt").read_text(encoding="utf-8")
-    assert not any(p.requires_grad for p in base.model.parameters())
-    assert torch.is_grad_enabled()
+    trials = [bench.do(_planned(config, f"seed={n}", train__seed=n)) for n in range(2)]
+    assert [trial.error for trial in trials] == [None, None]
+    assert bench.loads == {"base": 1, "data": 1}

@@ -224,6 +224,7 @@ def _lent(base: Base, *, method: str) -> Iterator[int]:
     Yields:
         Bytes of the copy of its weights that this takes.
     """
+    before = fingerprint(base.model)
     weights = {}
     if method == "full":
         weights = {name: p.detach().clone() for name, p in base.model.named_parameters()}
@@ -232,7 +233,7 @@ def _lent(base: Base, *, method: str) -> Iterator[int]:
     finally:
         remove(base.model)
         _put_back(base.model, weights)
-        if fingerprint(base.model) != base.fingerprint:
+        if fingerprint(base.model) != before:
             raise RuntimeError("a trial changed the base model that it was lent")
 
 

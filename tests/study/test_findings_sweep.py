@@ -152,6 +152,7 @@ def test_one_seed_is_said_once(ranks: Study) -> None:
     texts = " ".join(finding.text for finding in findings(single))
     assert texts.count("how far another seed would move its figures is unknown") == 1
     assert "unknown" not in only(ranks, "seeds").text
+    assert "With 3 seeds an interval can reach 4.3 standard errors" in only(ranks, "seeds").text
 
 
 def test_what_seeds_do() -> None:

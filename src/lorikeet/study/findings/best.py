@@ -22,8 +22,9 @@ def best(study: Study) -> Iterator[Finding]:
     if len(groups) < 2:
         return
     first = min(groups, key=of.nll)
-    rivals = {group.label: found for group in groups if (found := _gap(group, first, first))}
-    same = [group for group in groups if group is not first and not _told(rivals, group)]
+    others = [group for group in groups if group is not first]
+    rivals = {g.label: found for g in others if (found := of.gap(g.tests, first.tests))}
+    same = [group for group in others if not rivals[group.label].distinguishable]
     yield _best(first, same, study=study, groups=groups, rivals=rivals)
     yield from _smallest(first, same, rivals)
     yield from _per_megabyte(study, groups)
@@ -165,11 +166,3 @@ def _comparable(groups: Sequence[Group]) -> list[Group]:
         if of.same_documents(group.tests):
             by_documents.setdefault(group.tests[0].tokens_per_document.tobytes(), []).append(group)
     return max(by_documents.values(), key=len, default=[])
-
-
-def _gap(group: Group, other: Group, first: Group) -> Estimate | None:
-    return None if group is first else of.gap(group.tests, other.tests)
-
-
-def _told(rivals: dict[str, Estimate], group: Group) -> bool:
-    return rivals[group.label].distinguishable

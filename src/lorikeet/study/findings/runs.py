@@ -50,12 +50,20 @@ def of_seeds(study: Study) -> Iterator[Finding]:
     )
     if len(spreads) > 1:
         text += f" (median; at most {spreads[widest]:.4f}, {widest})"
+    fewest = max(numbers[0], 2)
+    text += (
+        f". With {fewest} seeds an interval can reach {student_t95(fewest - 1):.1f} standard errors"
+        " to either side, with many 2.0"
+    )
     if len(numbers) > 1:
         text += (
-            f". Groups have {numbers[0]} to {numbers[-1]} seeds; differences between groups of"
-            " unequal numbers take their seeds as drawn for themselves"
+            f". Groups have {numbers[0]} to {numbers[-1]} seeds; where two groups differ in that,"
+            " their seeds count as drawn independently"
         )
-    yield Finding("seeds", f"{text}.", {"sd": spreads, "median": middle, "seeds": numbers})
+        if numbers[0] == 1:
+            text += ", and a single one as if every other gave the same"
+    figures = {"sd": spreads, "median": middle, "seeds": numbers, "t": student_t95(fewest - 1)}
+    yield Finding("seeds", f"{text}.", figures)
 
 
 def of_failures(study: Study) -> Iterator[Finding]:

@@ -9,7 +9,8 @@ import pytest
 
 from lorikeet import starter
 from lorikeet.cli.main import VERBS, Parser
-from lorikeet.config import load_config
+from lorikeet.config import load_config, read_yaml
+from lorikeet.study.sweep_file import read_sweep
 
 PROJECT = Path(__file__).resolve().parents[1]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -45,5 +46,6 @@ def test_every_command_parses() -> None:
     "recipe", sorted((PROJECT / "recipes").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_recipes_hold(recipe: Path) -> None:
-    config = load_config(recipe)
+    sweeps = "sweep" in read_yaml(recipe)
+    config = read_sweep(recipe).config if sweeps else load_config(recipe)
     config.require("model.path", "data.path", "out")

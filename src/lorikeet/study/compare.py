@@ -260,7 +260,7 @@ def _notes(
     for search in searches:
         if search.added:
             rates = ", ".join(f"{rate:g}" for rate in search.added)
-            notes.append(f"{search.method}: {rates} were tried beyond the declared grid.")
+            notes.append(f"{search.method}: beyond the declared grid were tried: {rates}.")
         if search.best is not None and len(search.tried) > 1:
             at_end = search.best in (min(search.tried), max(search.tried))
             if at_end:

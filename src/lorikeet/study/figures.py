@@ -61,6 +61,8 @@ def nats(value: float | None) -> str:
 
 def rate(value: float) -> str:
     """A learning rate: 2e-4."""
+    if value >= 0.1:
+        return f"{value:g}"
     digits, _, exponent = f"{value:.3e}".partition("e")
     return f"{float(digits):g}e{int(exponent)}"
 

@@ -58,6 +58,7 @@ def console_table(study: Study) -> Table:
     columns = [escape(column.title) for column in found.columns]
     rows = [[escape(cell.text) for cell in row] for row in found.rows]
     made = console.table(escape(wording.title(study)), columns, rows)
+    made.columns[0].overflow = "fold"  # names are broken rather than cut: they differ at their ends
     made.caption = "vs base, forgotten: nats per token, paired by document; lower is better"
     made.caption_justify = "left"
     return made

@@ -48,14 +48,16 @@ def results(study: Study, outcomes: Sequence[Outcome]) -> Table:
     if forgetting:
         other = study.other_name or "second text"
         columns += map(Column, (f"{other}: perplexity", "forgotten [95 %]"))
-    titles = ("test nll", "validation nll", "trained", "share", "saved", "learning rate")
-    columns += map(Column, titles)
+    validated = any(outcome.validation is not None for outcome in outcomes)
+    titles = ["test nll", *(["validation nll"] if validated else [])]
+    columns += map(Column, (*titles, "trained", "share", "saved", "learning rate"))
     rows = []
     for outcome in outcomes:
         row = [Cell(outcome.method), *(_setting(outcome, option) for option in varied)]
         row += _of_tests(outcome)
         row += _of_other(outcome) if forgetting else []
-        rows.append([*row, *_of_losses(outcome), *_of_training(outcome)])
+        row += _of_losses(outcome)[: len(titles)]
+        rows.append([*row, *_of_training(outcome)])
     return Table(columns, rows)
 
 

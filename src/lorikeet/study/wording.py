@@ -9,11 +9,13 @@ from typing import Any
 import yaml
 
 from lorikeet.study.outcomes import Outcome
+from lorikeet.study.prose import prose_file
 from lorikeet.study.record import SEED, Study, short
 
 MEASURED_HERE = ("versions", "machine", "loads")
 """Keys of a receipt that tell of this machine and this time, not of the experiment."""
 
+_OF_A_METHOD = ("train.method", "train.learning_rate")  # what a comparison varies by itself
 _UNIX = re.compile(r"(?<![\w.~:/])/(?:[^\s/:'\"`<>|]+/)+([^\s/:'\"`<>|]+)")
 _WINDOWS = re.compile(r"\b[A-Za-z]:\\(?:[^\s\\:'\"`<>|]+\\)*([^\s\\:'\"`<>|]+)")
 
@@ -74,17 +76,18 @@ def again(study: Study) -> str:
     parts = ["lorikeet compare RUN.yaml", f"--methods {','.join(methods)}"]
     parts.append(f"--seeds {len(study.varied.get(SEED, ()))}")
     parts += [f"--grid {method}={','.join(rates)}" for method, rates in grids.items()]
-    if not study.other_name:
-        parts.append("--other none")
+    if study.other_name != prose_file().name:
+        parts.append(f"--other {study.other_name or 'none'}")
     return " \\\n    ".join([*parts, "--out ANOTHER_FOLDER"])
 
 
 def in_common(study: Study) -> dict[str, Any]:
-    """The options that all trials share, without those that are varied and without places."""
+    """The options that all trials share, without the study's folder."""
+    varied = {*study.varied, *(_OF_A_METHOD if study.kind == "compare" else ())}
     found: dict[str, Any] = {}
     for section, values in study.config.items():
         if isinstance(values, Mapping):
-            kept = {k: v for k, v in values.items() if f"{section}.{k}" not in study.varied}
+            kept = {k: v for k, v in values.items() if f"{section}.{k}" not in varied}
             found[section] = kept
         elif section != "out":
             found[section] = values

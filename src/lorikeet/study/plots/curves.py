@@ -215,9 +215,12 @@ def _small_multiples(
 
 def _limits(axes: Axes, lines: Sequence[Line]) -> None:
     """All of the means and nearly all of the seeds; what climbs far above its start is cut."""
+    from matplotlib.ticker import MaxNLocator
+
     steps = [float(line.mean[-1, 0]) for line in lines]
     numeric_axis(axes, "x", [0.0, *steps], at_values=False)
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     means = np.concatenate([line.mean[:, 1] for line in lines])
     seeds = np.concatenate([seed[:, 1] for line in lines for seed in line.seeds])
     low, high = np.percentile(seeds, (0.5, 99.5))

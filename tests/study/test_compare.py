@@ -37,6 +37,8 @@ def test_each_method_gets_a_learning_rate_of_its_own_and_every_seed(
     documents = {len(t.test.nats) for t in study.trials if t.test}
     assert documents == {study.receipt["test documents"]}
 
+    assert any("picked with seed 0" in note for note in study.notes)
+
     same = run_compare(comparison, tmp_path / "a")
     assert same.receipt["loads"] == {"base": 0, "data": 0}
     assert [t.to_json() for t in same.trials] == [t.to_json() for t in study.trials]
@@ -112,5 +114,7 @@ def test_methods_that_fail_are_told_and_all_failing_is_an_error(
     study = run_compare(some, tmp_path / "a")  # the starter has no thousand singular values
     assert [trial.method for trial in study.failed] == ["pissa"]
     assert [group.method for group in study.groups] == ["full"]
+    alone = Comparison(config, methods=["full"], seeds=1, grids={"full": [1e-3]})
+    assert "were given" in run_compare(alone, tmp_path / "given").notes[0]
     with pytest.raises(TrainingError, match="no method came to its end"):
         run_compare(Comparison(config, methods=["pissa"], seeds=1), tmp_path / "b")

@@ -252,11 +252,17 @@ def _next(end: float, neighbour: float) -> float:
 def _notes(
     comparison: Comparison, searches: Sequence[_Search], facts: Mapping[str, Any]
 ) -> list[str]:
-    notes = [
+    chosen = any(len(search.tried) > 1 for search in searches)
+    picked = (
         f"Learning rates were picked with seed {comparison.numbers[0]} on"
         f" {facts['validation documents']} held-out documents; results are those on"
         f" {facts['test documents']} others."
-    ]
+    )
+    given = (
+        f"Learning rates were given. Results are those on {facts['test documents']} held-out"
+        f" documents; {facts['validation documents']} others, kept for choices, served none."
+    )
+    notes = [picked if chosen else given]
     for search in searches:
         if search.added:
             rates = ", ".join(f"{rate:g}" for rate in search.added)

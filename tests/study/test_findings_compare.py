@@ -244,3 +244,8 @@ def test_six_failures_are_not_cut_short_and_eight_are() -> None:
     assert "more" not in six.text
     assert eight.text.endswith("run 4 (the disk is full (4)) and 3 more.")
     assert len(eight.figures["failed"]) == 8
+
+
+def test_a_loss_beyond_what_a_perplexity_can_be_is_still_told() -> None:
+    """exp(710) is more than a float can hold."""
+    assert "inf" in of(compare(lora=2000.0), "against full")[0].text

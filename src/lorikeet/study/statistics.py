@@ -63,14 +63,14 @@ class Estimate:
     @property
     def perplexity(self) -> float:
         """exp(nll), the geometric mean over seeds; of a difference a ratio of perplexities."""
-        return _exp(self.nll)
+        return safe_exp(self.nll)
 
     @property
     def perplexity_interval(self) -> tuple[float, float] | None:
         """exp of both ends: a 95 % interval as well, for exp keeps order."""
         if self.low is None or self.high is None:
             return None
-        return _exp(self.low), _exp(self.high)
+        return safe_exp(self.low), safe_exp(self.high)
 
     @property
     def distinguishable(self) -> bool:
@@ -283,7 +283,8 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _exp(value: float) -> float:
+def safe_exp(value: float) -> float:
+    """exp(value); infinite where that does not fit into a float."""
     try:
         return math.exp(value)
     except OverflowError:

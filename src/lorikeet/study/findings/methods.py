@@ -10,7 +10,7 @@ from lorikeet.study import figures
 from lorikeet.study.findings.finding import Finding, change, percent, verdict
 from lorikeet.study.findings.groups import gap, ordered, others
 from lorikeet.study.record import Candidate, Group, Study
-from lorikeet.study.statistics import Estimate, estimate
+from lorikeet.study.statistics import Estimate, estimate, safe_exp
 from lorikeet.study.wording import count
 
 MARGIN = 0.01
@@ -117,7 +117,7 @@ def _not_worse(low: float, high: float) -> str:
 
 
 def _end(nats: float) -> str:
-    return percent(math.exp(nats))
+    return percent(safe_exp(nats))
 
 
 def _forgot(found: Estimate) -> str:

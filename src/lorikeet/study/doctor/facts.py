@@ -14,9 +14,10 @@ import numpy as np
 from lorikeet.adapters import read_adapter
 from lorikeet.adapters.anatomy import Anatomy, examine
 from lorikeet.config import RunConfig, load_config
-from lorikeet.errors import ConfigError
+from lorikeet.errors import ConfigError, InputError
 from lorikeet.evaluate import Difference, Sample
 from lorikeet.study.folder import RunFolder
+from lorikeet.study.statistics import student_t95
 from lorikeet.train import read_metrics
 
 
@@ -68,6 +69,32 @@ class Measured:
     tuned: float
     tuned_stderr: float | None
     difference: Difference
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the difference by Student's t; None for a single document.
+
+        The receipt's is that of the normal distribution, which is too narrow for a few documents.
+        """
+        if self.difference.stderr is None:
+            return None
+        reach = student_t95(self.documents - 1) * self.difference.stderr
+        return self.difference.nll - reach, self.difference.nll + reach
+
+    def summary(self) -> dict[str, Any]:
+        """The difference as a JSON-ready dict."""
+        return {
+            "documents": self.documents,
+            "nll": self.difference.nll,
+            "nll_stderr": self.difference.stderr,
+            "interval95": self.interval,
+        }
+
+    def __str__(self) -> str:
+        if self.interval is None:
+            return f"{self.difference.nll:+.4f} nats/token"
+        low, high = self.interval
+        return f"{self.difference.nll:+.4f} nats/token, 95 % interval [{low:+.4f}, {high:+.4f}]"
 
 
 @dataclass(frozen=True)
@@ -153,8 +180,8 @@ def read_facts(path: Path) -> RunFacts:
     config = load_config(folder.config)
     try:
         return _facts(folder, config)
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, ConfigError):
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
             raise
         raise ConfigError(f"the run in {path} cannot be read: {error!r}") from error
 

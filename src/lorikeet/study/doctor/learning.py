@@ -35,7 +35,7 @@ RISE = 0.05
 """A rise must also be this share of the loss at the start: healthy runs that end near zero rise by
 many times their loss, and by a hundredth of where they began."""
 
-RUNAWAY = 10.0
+RUNAWAY = 30.0
 """Growth of the gradient norm within a run too short for statistics that tells of an explosion;
 healthy runs stay below 3."""
 
@@ -61,7 +61,10 @@ def learning_symptoms(facts: RunFacts) -> Iterator[Finding]:
 
 def not_learning(facts: RunFacts) -> Iterator[Finding]:
     """An update that is zero, or one that changes nothing on the validation rows."""
-    advice = "raise the learning rate tenfold until the loss moves, or look at the data"
+    advice = (
+        "raise the learning rate tenfold until the loss moves; if it then gets worse, the base"
+        " could do before what the rows ask for"
+    )
     evidence = {"learning_rate": facts.config.train.peak, "steps": facts.steps}
     if _zero(facts):
         yield Finding(
@@ -72,10 +75,9 @@ def not_learning(facts: RunFacts) -> Iterator[Finding]:
             advice,
         )
         return
-    difference = facts.validation.difference if facts.validation else None
-    if difference is None or difference.interval is None:
+    if facts.validation is None or facts.validation.interval is None:
         return
-    low, high = difference.interval
+    low, high = facts.validation.interval
     if max(abs(low), abs(high)) < NOTHING:
         moved = ""
         if facts.moved is not None:
@@ -83,8 +85,8 @@ def not_learning(facts: RunFacts) -> Iterator[Finding]:
         yield Finding(
             "not-learning",
             "problem",
-            f"after {facts.steps} steps the validation loss changed by {difference}{moved}",
-            {**evidence, **difference.summary(), "moved": facts.moved},
+            f"after {facts.steps} steps the validation loss changed by {facts.validation}{moved}",
+            {**evidence, **facts.validation.summary(), "moved": facts.moved},
             advice,
         )
 
@@ -141,13 +143,15 @@ def rate_too_high(facts: RunFacts) -> Iterator[Finding]:
 
 
 def _runaway(facts: RunFacts, advice: str) -> Iterator[Finding]:
-    """A run of a few steps whose last two show a grown loss and an exploded gradient."""
+    """A run of a few steps whose last two (of two: the last) show a loss grown by half and an
+    exploded gradient.
+    """
     curve = facts.curve
-    if len(curve) < 3:
+    if len(curve) < 2:
         return
-    growth = float(curve.grad_norm[-2:].min() / curve.grad_norm[0])
-    losses = float(curve.loss[-2:].min() / curve.loss[0])
-    if growth >= RUNAWAY and losses > 1:
+    growth = float(curve.grad_norm[1:][-2:].min() / curve.grad_norm[0])
+    losses = float(curve.loss[1:][-2:].min() / curve.loss[0])
+    if growth >= RUNAWAY and losses > 1.5:
         yield Finding(
             "learning-rate-too-high",
             "problem",

@@ -13,9 +13,11 @@ from lorikeet.evaluate.score import Z95
 from lorikeet.study.doctor.facts import Measured, RunFacts
 from lorikeet.study.doctor.finding import Finding
 from lorikeet.study.doctor.learning import NOTHING
+from lorikeet.study.statistics import student_t95
 
-POWER_Z = Z95 + 0.8416
-"""Standard errors of a difference that is found four times in five (80 % power, 5 % level)."""
+POWER_Z = 0.8416
+"""Standard errors by which a difference must lie beyond the 95 % point to be found four times in
+five (80 % power)."""
 
 VISIBLE = 0.1
 """Nats per token that a comparison should be able to see, 10 % of perplexity. Useful runs of the
@@ -226,14 +228,14 @@ def few_tokens(facts: RunFacts, gap: Gap | None) -> Iterator[Finding]:
 
 def worse_than_base(facts: RunFacts) -> Iterator[Finding]:
     """The whole interval of the difference is above zero."""
-    difference = facts.validation.difference if facts.validation else None
-    if difference is None or difference.interval is None or difference.interval[0] <= 0:
+    measured = facts.validation
+    if measured is None or measured.interval is None or measured.interval[0] <= 0:
         return
     yield Finding(
         "worse-than-base",
         "problem",
-        f"on the validation rows the tuned model is worse than the base: {difference}",
-        difference.summary(),
+        f"on the validation rows the tuned model is worse than the base: {measured}",
+        measured.summary(),
         "do not use it; a learning rate that is too high and rows learnt by heart are the usual"
         " causes, and the other findings say which",
     )
@@ -241,30 +243,30 @@ def worse_than_base(facts: RunFacts) -> Iterator[Finding]:
 
 def same_as_base(facts: RunFacts) -> Iterator[Finding]:
     """A difference whose interval holds zero, and whether the rows could have shown one."""
-    if facts.validation is None:
+    measured = facts.validation
+    if measured is None:
         return
-    documents, difference = facts.validation.documents, facts.validation.difference
-    evidence = {"documents": documents, **difference.summary()}
-    if difference.stderr is None or difference.interval is None:
+    evidence, stderr = measured.summary(), measured.difference.stderr
+    if stderr is None or measured.interval is None:
         yield Finding(
             "validation-too-small",
             "hint",
-            f"a single validation document cannot say how sure the difference {difference} is",
+            f"a single validation document cannot say how sure the difference {measured} is",
             evidence,
             "hold out more: --data.validation 0.1 of more rows, or a file of its own",
         )
         return
-    low, high = difference.interval
+    low, high = measured.interval
     if not low <= 0 <= high or max(-low, high) < NOTHING:  # the latter is known: not learning
         return
-    visible = POWER_Z * difference.stderr
+    visible = (student_t95(measured.documents - 1) + POWER_Z) * stderr
     evidence["smallest_visible"] = visible
     if visible > VISIBLE:
-        needed = math.ceil(documents * (visible / VISIBLE) ** 2)
+        needed = math.ceil(measured.documents * ((Z95 + POWER_Z) * stderr / VISIBLE) ** 2)
         yield Finding(
             "validation-too-small",
             "hint",
-            f"the difference to the base is {difference}; with {documents} documents only"
+            f"the difference to the base is {measured}; with {measured.documents} documents only"
             f" differences from {visible:.2f} on would show",
             {**evidence, "needed": needed},
             f"hold out about {needed:,} documents to see {VISIBLE} nats/token",
@@ -273,7 +275,7 @@ def same_as_base(facts: RunFacts) -> Iterator[Finding]:
     yield Finding(
         "same-as-base",
         "problem",
-        f"on the validation rows the tuned model cannot be told from the base: {difference}, where"
+        f"on the validation rows the tuned model cannot be told from the base: {measured}, where"
         f" {visible:.2g} would have shown",
         evidence,
         "train longer or with a higher learning rate, and look at samples.jsonl: perhaps the base"

@@ -50,10 +50,16 @@ def change(gap: Estimate, *, of: str = "perplexity ") -> str:
 
 def percent(ratio: float, *, like: float | None = None) -> str:
     """A ratio as a change in percent, with the decimals that `like` would have: `+0.42 %`."""
-    by = 100 * ((ratio if like is None else like) - 1)
-    decimals = 2 if abs(by) < 1 else 1 if abs(by) < 100 else 0
-    shown = figures.fixed(100 * (ratio - 1), decimals=decimals)
+    shown = figures.fixed(100 * (ratio - 1), decimals=_decimals(ratio if like is None else like))
     return f"{shown} %" if shown.startswith("-") else f"+{shown} %"
+
+
+def _decimals(ratio: float) -> int:
+    """More for a change of less than one percent, and close to minus a hundred."""
+    if 0 < ratio < 0.1:
+        return max(1, -1 - math.floor(math.log10(ratio)))
+    by = abs(100 * (ratio - 1))
+    return 2 if by < 1 else 1 if by < 100 else 0
 
 
 def verdict(gap: Estimate) -> str:

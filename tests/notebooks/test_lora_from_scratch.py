@@ -129,7 +129,7 @@ def test_a_run_shows_the_same_where_it_must(kernel: Path) -> None:
     run(fresh, kernel)
     shown = {cell.id: texts(cell) for cell in fresh.cells}
     exact = tagged(read(), "exact")
-    assert len(exact) >= 15
+    assert len(exact) >= 12
     for cell in exact:
         assert shown[cell.id] == texts(cell), cell.id
     assert "left out" in shown["optional-find"][0]

@@ -11,7 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lorikeet.errors import TrainingError
-from lorikeet.study.doctor.learning import BARELY, NOTHING
+from lorikeet.study.doctor import read_facts
+from lorikeet.study.doctor.learning import BARELY, NOTHING, undecided
 
 Found = Callable[[Path], dict[str, Any]]
 SHORT = {"train__epochs": 2, "train__eval_every": 20}
@@ -58,6 +59,24 @@ def test_a_learning_rate_far_too_high(train: Callable[..., Path], found: Found) 
     assert "still-falling" not in findings  # it falls because the rate does
 
 
+def test_updates_that_swamp_the_weights(
+    train: Callable[..., Path], altered: Callable[..., Path], found: Found
+) -> None:
+    """The loss of a short run may bounce less than its noise; the updates tell nonetheless."""
+    run = train(**SHORT)
+    assert "learning-rate-too-high" not in found(run)
+    finding = found(altered(run, {"result.moved": 3.5}))["learning-rate-too-high"]
+    assert finding.severity == "hint"
+    assert finding.evidence["moved"] == 3.5
+
+
+def test_a_loss_too_noisy_to_say_is_told(train: Callable[..., Path], found: Found) -> None:
+    noisy = train(train__learning_rate=1e-4, train__max_steps=12)
+    assert "still-falling" not in found(noisy)
+    assert "too noisy" in str(undecided(read_facts(noisy)))
+    assert undecided(read_facts(train(**SHORT))) is None
+
+
 def test_a_run_that_a_learning_rate_broke_off(
     stories: dict[str, Any], train: Callable[..., Path], found: Found, tmp_path: Path
 ) -> None:
@@ -95,5 +114,5 @@ def test_what_is_learnt_by_heart_is_no_sign_of_more_to_learn(
     train: Callable[..., Path], found: Found
 ) -> None:
     """Over many epochs the training loss falls to the end; validation does not."""
-    findings = found(train(data__limit=30, data__validation=0.4, train__epochs=40))
+    findings = found(train(data__limit=30, data__validation=0.4, train__epochs=25))
     assert "still-falling" not in findings

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 Found = Callable[[Path], dict[str, Any]]
-BY_HEART = {"data__limit": 30, "data__validation": 0.4, "train__epochs": 40}
+BY_HEART = {"data__limit": 30, "data__validation": 0.4, "train__epochs": 25}
 SHORT = {"train__epochs": 2, "train__eval_every": 20}
 
 

@@ -10,7 +10,7 @@ from lorikeet.study.doctor.course import course_symptoms
 from lorikeet.study.doctor.data import data_symptoms
 from lorikeet.study.doctor.facts import RunFacts, is_run, read_facts
 from lorikeet.study.doctor.finding import Diagnosis, Finding
-from lorikeet.study.doctor.learning import learning_symptoms
+from lorikeet.study.doctor.learning import learning_symptoms, undecided
 from lorikeet.study.doctor.outcome import find_gap, outcome_symptoms
 from lorikeet.study.doctor.rank import rank_symptoms
 
@@ -66,6 +66,9 @@ def _unexamined(facts: RunFacts) -> Iterator[str]:
     """What the folder has no figures for."""
     if not facts.finished:
         return  # which is a finding of its own
+    reason = undecided(facts)
+    if reason:
+        yield f"whether the loss was still falling: {reason}"
     if facts.validation is not None and find_gap(facts) is None:
         yield f"over-fitting: too few documents were scored, or {_OLDER}"
     if facts.anatomy is not None and facts.moved is None:

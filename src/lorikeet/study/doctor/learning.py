@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lorikeet.study.doctor.curves import (
-    WINDOW,
     Falls,
     falls_of_evaluations,
     falls_of_steps,
@@ -46,6 +45,15 @@ fifths of the way are still to go."""
 
 STILL_Z = 1.645
 """One-sided 95 % point for that share."""
+
+AGAIN = 0.2
+"""Part of a second epoch that still counts as one: few rows have been seen twice, so the training
+loss is that of rows new to the model."""
+
+SWAMPED = 1.5
+"""Updates of this many times the norm of the weights that they change. Healthy runs moved them by
+at most once their norm (rank 8 on two matrices alone), runs with rates that were ten times too high
+by 1.9 times and more."""
 
 
 def learning_symptoms(facts: RunFacts) -> Iterator[Finding]:
@@ -109,10 +117,16 @@ def idle_modules(facts: RunFacts) -> Iterator[Finding]:
 
 
 def _zero(facts: RunFacts) -> bool:
-    anatomy = facts.anatomy
-    if anatomy is None or anatomy.whole or anatomy.tokens:
-        return False
-    return anatomy.total.norm == 0
+    return (
+        facts.anatomy is not None
+        and facts.anatomy.total.norm == 0
+        and not _more_than_updates(facts)
+    )
+
+
+def _more_than_updates(facts: RunFacts) -> bool:
+    """Whether modules or tokens were trained beside the updates, which then need not move."""
+    return facts.anatomy is not None and bool(facts.anatomy.whole or facts.anatomy.tokens)
 
 
 def rate_too_high(facts: RunFacts) -> Iterator[Finding]:
@@ -138,6 +152,14 @@ def rate_too_high(facts: RunFacts) -> Iterator[Finding]:
             f"around step {rise.step} the training loss rose from {rise.low:.3f} to {rise.high:.3f}"
             f" nats/token, {rise.z:.0f} standard errors",
             {**evidence, "step": rise.step, "low": rise.low, "high": rise.high, "z": rise.z},
+            advice,
+        )
+    elif facts.moved is not None and facts.moved >= SWAMPED:
+        yield Finding(
+            "learning-rate-too-high",
+            "hint",
+            f"the updates are {facts.moved:.1f} times as large as the weights that they change",
+            evidence,
             advice,
         )
 
@@ -170,7 +192,7 @@ def _runaway(facts: RunFacts, advice: str) -> Iterator[Finding]:
 
 def rate_too_low(facts: RunFacts) -> Iterator[Finding]:
     """Weights that barely moved."""
-    if facts.moved is None or not 0 < facts.moved < BARELY:
+    if facts.moved is None or not 0 < facts.moved < BARELY or _more_than_updates(facts):
         return
     curve = facts.curve
     yield Finding(
@@ -191,15 +213,7 @@ def rate_too_low(facts: RunFacts) -> Iterator[Finding]:
 
 def still_falling(facts: RunFacts) -> Iterator[Finding]:
     """A loss that fell at the end as it did at the beginning: there was more to learn."""
-    seen = facts.epochs is None or facts.epochs > 1 + 1 / WINDOW
-    falls = None
-    if facts.validation:
-        falls = falls_of_evaluations(facts.curve, facts.evaluations, base=facts.validation.base)
-    source = "validation"
-    if falls is None:
-        falls, source = falls_of_steps(facts.curve), "training"
-        if falls is not None and seen:
-            falls = _without_memory(facts, falls)
+    falls, source = _falls(facts)
     if falls is None or falls.after < NOTHING or falls.before <= 0:
         return
     excess, error = falls.excess(STILL)
@@ -225,6 +239,29 @@ def still_falling(facts: RunFacts) -> Iterator[Finding]:
         "train for more steps; if the loss fell smoothly from the first step on, a learning rate"
         f" of {3 * facts.config.train.peak:.1g} gets there sooner",
     )
+
+
+def undecided(facts: RunFacts) -> str | None:
+    """Why it cannot be said whether the loss was still falling; None if it can."""
+    falls, _ = _falls(facts)
+    if falls is None:
+        return "too few steps, or rows seen more than once without evaluations along the way"
+    excess, error = falls.excess(STILL)
+    if abs(excess) < STILL_Z * error:
+        return "the training loss is too noisy for that; evaluations (--train.eval_every) are not"
+    return None
+
+
+def _falls(facts: RunFacts) -> tuple[Falls | None, str]:
+    """How the loss fell, and which: that of validation if there is one along the way."""
+    if facts.validation:
+        base = facts.validation.base
+        falls = falls_of_evaluations(facts.curve, facts.evaluations, base=base)
+        if falls is not None:
+            return falls, "validation"
+    falls = falls_of_steps(facts.curve)
+    once = facts.epochs is not None and facts.epochs <= 1 + AGAIN
+    return falls if falls is None or once else _without_memory(facts, falls), "training"
 
 
 def _without_memory(facts: RunFacts, falls: Falls) -> Falls | None:

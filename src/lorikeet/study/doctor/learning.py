@@ -169,7 +169,7 @@ def _runaway(facts: RunFacts, advice: str) -> Iterator[Finding]:
     exploded gradient.
     """
     curve = facts.curve
-    if len(curve) < 2:
+    if len(curve) < 2 or not curve.grad_norm[0] > 0:
         return
     growth = float(curve.grad_norm[1:][-2:].min() / curve.grad_norm[0])
     losses = float(curve.loss[1:][-2:].min() / curve.loss[0])

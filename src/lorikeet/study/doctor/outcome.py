@@ -115,7 +115,8 @@ def find_gap(facts: RunFacts) -> Gap | None:
 
 
 def _gaps(held_out: Measured, seen: Measured) -> list[Gap]:
-    assert held_out.tuned_stderr and seen.tuned_stderr
+    assert held_out.tuned_stderr is not None
+    assert seen.tuned_stderr is not None
     gain, left = -seen.difference.nll, held_out.tuned
     after = Gap(
         held_out.tuned - seen.tuned,

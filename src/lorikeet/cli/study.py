@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorikeet import console
 from lorikeet.config import RunConfig
-from lorikeet.errors import TrainingError
+from lorikeet.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from lorikeet.study.crew import Hire
@@ -72,7 +72,13 @@ def second_text(args: argparse.Namespace) -> str | None:
 
 
 def crew_of(args: argparse.Namespace) -> Hire:
-    """Who does the trials."""
+    """Who does the trials.
+
+    Raises:
+        ConfigError: there would be nobody.
+    """
+    if args.workers < 1:
+        raise ConfigError(f"--workers must be at least 1, found {args.workers}")
     if args.ray is not None:
         from lorikeet.study.on_ray import on_ray
 

@@ -18,6 +18,7 @@ import yaml
 from lorikeet.errors import ConfigError, InputError, StorageError
 from lorikeet.files import only_here
 from lorikeet.study.crew import gather
+from lorikeet.study.prose import prose_file
 from lorikeet.study.protocol import StudyFolder
 from lorikeet.study.record import SEED, Study
 from lorikeet.study.sweep import run_sweep
@@ -170,6 +171,9 @@ def test_a_folder_is_one_studys_and_one_processs(tmp_path: Path, sweep_yaml: Swe
     run_sweep(sweep, out)
     described = yaml.safe_load((out / "study.yaml").read_text(encoding="utf-8"))
     assert described["varied"]["lora.r"] == [{"value": 1}]
+    assert described["other"] is None
+    with pytest.raises(ConfigError, match="holds another study"):
+        run_sweep(sweep, out, other=str(prose_file()))
     with pytest.raises(ConfigError, match="holds another study"):
         run_sweep(read_sweep(sweep_yaml({"lora.r": [2]}, train__max_steps=1)), out)
     held = subprocess.Popen(

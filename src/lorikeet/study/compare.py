@@ -20,6 +20,7 @@ from lorikeet.config import RunConfig
 from lorikeet.errors import ConfigError, TrainingError
 from lorikeet.study.crew import Crew, Hire, do_trials, gather
 from lorikeet.study.grid import changed, file_name
+from lorikeet.study.prose import named
 from lorikeet.study.protocol import Planned, Protocol, StudyFolder
 from lorikeet.study.receipt import surroundings
 from lorikeet.study.record import SEED, Candidate, Study, Trial
@@ -113,7 +114,7 @@ class Comparison:
                 "methods": list(self.methods),
                 "seeds": self.numbers,
                 "grids": {method: self.grid(method) for method in self.methods},
-                "other": self.other,
+                "other": named(self.other),
             },
             sort_keys=False,
             allow_unicode=True,

@@ -11,3 +11,8 @@ from pathlib import Path
 def prose_file() -> Path:
     """The data file."""
     return Path(__file__).with_name("prose.jsonl")
+
+
+def named(other: str | None) -> str | None:
+    """A second text as a study's plan names it: the bundled one not by where it happens to lie."""
+    return "bundled" if other == str(prose_file()) else other

@@ -10,6 +10,7 @@ import yaml
 
 from lorikeet.study.crew import Hire, do_trials, gather
 from lorikeet.study.grid import Choice, Range, Sweep
+from lorikeet.study.prose import named
 from lorikeet.study.protocol import Protocol, StudyFolder
 from lorikeet.study.receipt import surroundings
 from lorikeet.study.record import Study
@@ -63,7 +64,7 @@ def _described(sweep: Sweep, other: str | None) -> dict[str, Any]:
         "varied": {option: _values(source) for option, source in sweep.varied.items()},
         "draws": sweep.draws,
         "draw_seed": sweep.draw_seed,
-        "other": other,
+        "other": named(other),
     }
 
 

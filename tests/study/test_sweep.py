@@ -204,6 +204,13 @@ def test_what_no_trial_can_do_without_is_an_error_of_the_sweep(
         run_sweep(read_sweep(path), tmp_path / "out", hire=partial(gather, workers=workers))
 
 
+def test_nobody_is_no_crew(tmp_path: Path, sweep_yaml: SweepYaml) -> None:
+    with pytest.raises(ValueError, match="at least one worker"):
+        run_sweep(
+            read_sweep(sweep_yaml({"lora.r": [1]})), tmp_path / "a", hire=partial(gather, workers=0)
+        )
+
+
 def test_failed_trials_are_told_and_tried_again(tmp_path: Path, sweep_yaml: SweepYaml) -> None:
     path = sweep_yaml({"lora.target_modules": ["q_proj", "nothing_like_it"]}, train__max_steps=1)
     for _ in range(2):

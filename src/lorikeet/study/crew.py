@@ -114,13 +114,19 @@ class Processes:
             the machine's.
         folder: the study's folder.
         workers: how many.
+
+    Raises:
+        ValueError: nobody would do anything.
     """
 
     def __init__(self, protocol: Protocol, folder: StudyFolder, workers: int) -> None:
+        if workers < 1:
+            raise ValueError(f"at least one worker is needed, found {workers}")
         self.protocol = protocol
         self.folder = folder
         self.workers = workers
         self._idle: list[_Worker] = []
+        self._busy: list[_Worker] = []
         self._started = 0
 
     @property
@@ -130,7 +136,7 @@ class Processes:
 
     def do(self, requests: Sequence[Request]) -> None:
         """Hand them out in order."""
-        waiting, busy = deque(requests), list[_Worker]()
+        waiting, busy = deque(requests), self._busy
         while waiting or busy:
             while waiting and len(busy) < self.workers:
                 worker = self._idle.pop() if self._idle else self._start()
@@ -143,10 +149,12 @@ class Processes:
                 self._tell(worker, left=len(waiting) + len(busy), total=len(requests))
 
     def close(self) -> None:
-        """Stop every process."""
-        for worker in self._idle:
+        """Stop every process, also one that an error left at work."""
+        for worker in self._busy:
+            worker.process.kill()
+        for worker in [*self._busy, *self._idle]:
             worker.stop()
-        self._idle = []
+        self._busy, self._idle = [], []
 
     def _start(self) -> _Worker:
         self._started += 1

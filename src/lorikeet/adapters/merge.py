@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorikeet.adapters.adapter import Adapter, Update
-from lorikeet.adapters.checkpoint import WEIGHTS, Checkpoint, blocks_of
-from lorikeet.adapters.plan import make_plan
-from lorikeet.adapters.plan_rows import Change, Rows, with_rows
+from lorikeet.adapters.adapter import Adapter
+from lorikeet.adapters.checkpoint import WEIGHTS
+from lorikeet.adapters.fold import Fold
 from lorikeet.adapters.safe import TORCH, Content, write_safe
 from lorikeet.adapters.vocabulary import TOKENIZER_FILES, require_tokens, tokenizer_files
 from lorikeet.errors import AdapterError, ConfigError, ModelError
@@ -98,17 +97,14 @@ def merge(
     """
     started = time.monotonic()
     _check_place(base, out)
-    config = _read_config(base)
-    checkpoint = Checkpoint.open(base)
-    plan = make_plan(base, checkpoint, adapter, config)
+    fold = Fold.of(base, adapter)
     texts = _texts(base)
-    if adapter.vocabulary or plan.rows:
+    if adapter.vocabulary or fold.plan.rows:
         texts = _with_tokenizer(texts, tokenizer, adapter.vocabulary)
+    changed = fold.changed()
     contents = {
-        name: checkpoint.content(source)
-        if change is None
-        else _changed(checkpoint, source, change, name)
-        for name, (source, change) in plan.tensors.items()
+        name: _changed(fold, name) if name in changed else fold.checkpoint.content(source)
+        for name, (source, _) in fold.plan.tensors.items()
     }
     shards = _shards(contents, shard_bytes)
     done = 0
@@ -127,75 +123,44 @@ def merge(
             _write(draft / f"{WEIGHTS}.index.json", _index(shards, contents))
         for text in texts:
             shutil.copyfile(text, draft / text.name)
-        if plan.untied or plan.rows:
-            changes: dict[str, Any] = {"tie_word_embeddings": False} if plan.untied else {}
-            changes |= {"vocab_size": plan.rows} if plan.rows else {}
-            _write(draft / "config.json", _with_values(config, changes))
+        if fold.changes:
+            _write(draft / "config.json", fold.config)
         else:
             shutil.copyfile(base / "config.json", draft / "config.json")
-        _write(draft / NOTE, _note(base, adapter, untied=plan.untied))
-    changed = [source for source, change in plan.tensors.values() if change is not None]
+        _write(draft / NOTE, _note(base, adapter, untied=fold.plan.untied))
+    sources = [fold.plan.tensors[name][0] for name in changed]
     return MergeReport(
         out=out,
         files=tuple(shards),
         tensors=len(contents),
         merged=_names(adapter),
-        dtypes=tuple(sorted({checkpoint.entry(source).dtype for source in changed})),
-        untied=plan.untied,
-        rows=plan.rows,
+        dtypes=tuple(sorted({fold.checkpoint.entry(source).dtype for source in sources})),
+        untied=fold.plan.untied,
+        rows=fold.plan.rows,
         seconds=time.monotonic() - started,
     )
 
 
-def _changed(checkpoint: Checkpoint, source: str, change: Change, name: str) -> Content:
-    """A weight that is computed when it is asked for, a block of rows at a time."""
-    entry = checkpoint.entry(source)
-    if isinstance(change, Tensor):
-        shape = tuple(change.shape)
-        return Content(entry.dtype, shape, lambda: _rounded(change, entry.dtype, name))
-    if isinstance(change, Rows):
-        longer = (change.size, *entry.shape[1:])
-        return Content(entry.dtype, longer, lambda: _filled(checkpoint, source, change, name))
-    # The norms of DoRA run over a row of W, which a transposed weight stores as a column.
-    whole = change.magnitude is not None and change.kind != "linear"
-    ranges = [(0, entry.shape[0])] if whole else list(blocks_of(entry.shape))
+def _changed(fold: Fold, name: str) -> Content:
+    """A weight that is computed when it is asked for, rounded once to the base's dtype."""
+    source, _ = fold.plan.tensors[name]
+    dtype = fold.checkpoint.entry(source).dtype
 
     def blocks() -> Iterator[Tensor]:
-        for start, stop in ranges:
-            weight = checkpoint.rows(source, start, stop)
-            yield from _rounded(_part(change, start, stop).applied(weight), entry.dtype, name)
+        for exact in fold.blocks(name):
+            yield _rounded(exact, dtype, name)
 
-    return Content(entry.dtype, entry.shape, blocks)
-
-
-def _filled(checkpoint: Checkpoint, source: str, change: Rows, name: str) -> Iterator[Tensor]:
-    """The blocks of a table with other rows in it, and then of those that it did not have."""
-    entry = checkpoint.entry(source)
-    for start, stop in blocks_of(entry.shape):
-        weight = checkpoint.rows(source, start, stop)
-        yield from _rounded(with_rows(weight, change, start), entry.dtype, name)
-    added = (change.size - entry.shape[0], *entry.shape[1:])
-    for start, stop in blocks_of(added):
-        weight = torch.zeros(stop - start, *added[1:], dtype=TORCH[entry.dtype])
-        yield from _rounded(with_rows(weight, change, entry.shape[0] + start), entry.dtype, name)
+    return Content(dtype, fold.shape(name), blocks)
 
 
-def _rounded(exact: Tensor, dtype: str, name: str) -> Iterator[Tensor]:
+def _rounded(exact: Tensor, dtype: str, name: str) -> Tensor:
     rounded = exact.to("cpu", TORCH[dtype])
     if not rounded.isfinite().all():
         raise AdapterError(
             f"the merged {name} has values that are not finite in {dtype}; the base or the adapter"
             " is damaged, or the sum is out of this type's range"
         )
-    yield rounded
-
-
-def _part(update: Update, start: int, stop: int) -> Update:
-    """The update of the rows `start` to `stop` of the stored weight."""
-    if update.kind != "linear":
-        return replace(update, A=update.A[:, start:stop])
-    magnitude = None if update.magnitude is None else update.magnitude[start:stop]
-    return replace(update, B=update.B[start:stop], magnitude=magnitude)
+    return rounded
 
 
 def _shards(contents: Mapping[str, Content], shard_bytes: int) -> dict[str, list[str]]:
@@ -239,24 +204,6 @@ def _check_place(base: Path, out: Path) -> None:
     earlier = (out / NOTE).is_file() and not any(entry.is_dir() for entry in entries)
     if entries and not earlier:
         raise ConfigError(f"{out} exists and is not an earlier merge; choose another folder")
-
-
-def _read_config(base: Path) -> dict[str, Any]:
-    path = base / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"cannot read {path}: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} must hold an object, found a {type(config).__name__}")
-    return config
-
-
-def _with_values(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with other values, those of its text model too if it has one."""
-    text = config.get("text_config")
-    inner = {"text_config": {**text, **changes}} if isinstance(text, dict) else {}
-    return {**config, **changes, **inner}
 
 
 def _texts(base: Path) -> list[Path]:

@@ -122,7 +122,7 @@ def lay_out(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
         heads=sizes.heads,
         kv_heads=sizes.kv_heads,
         rows=sizes.rows,
-        notes=tuple(options.notes),
+        notes=(*options.notes, *turning.notes),
     )
 
 

@@ -36,11 +36,13 @@ class Rotation:
         metadata: keys with a place for the architecture (`{arch}`).
         made: tensors that no checkpoint holds, float32 [pairs].
         problems: what llama.cpp cannot run, a sentence part each.
+        notes: what it runs in another way, and where that shows.
     """
 
     metadata: dict[str, Field] = field(default_factory=dict)
     made: dict[str, Tensor] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def rope_parameters(config: Mapping[str, Any], *, theta: float) -> dict[str, Any]:
@@ -207,6 +209,11 @@ def _longrope(found: Rotation, scaled: _Scaled) -> None:
         longer = scaled.factor
         wanted = math.sqrt(1 + math.log(longer) / math.log(scaled.original)) if longer > 1 else 1.0
     found.metadata[_KEYS.SCALING_ATTN_FACTOR] = Field("f32", float(wanted))
+    if scaled.context > scaled.original and not torch.equal(long, short):
+        found.notes.append(
+            "llama.cpp chooses the rotation for short or long texts by the context that it is"
+            f" given, not by the text: give it at most {scaled.original:,} for texts that fit"
+        )
 
 
 _WRITERS = {

@@ -105,21 +105,38 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a draft that replaces the file `path` when the block ends well.
+
+    The draft is flushed to disk before the rename. On an error it is removed and `path` stays as it
+    was; after a kill the next attempt writes over it. Folders are made where needed.
+
+    Raises:
+        StorageError: the disk refused a write, or `path` is a folder.
+    """
+    draft = path.with_name(f".{path.name}.part")
+    with disk_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield draft
+            _sync(draft)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+        _sync(path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, making its folder where needed.
 
     Raises:
         StorageError: the disk refused the write.
     """
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.part")
-        try:
-            draft.write_text(text, encoding="utf-8")
-            _sync(draft)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+    with atomic_file(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

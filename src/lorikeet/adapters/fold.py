@@ -109,6 +109,11 @@ class Fold:
         tensors = self.plan.tensors.items()
         return {name: change for name, (_, change) in tensors if change is not None}
 
+    def dtypes(self) -> tuple[str, ...]:
+        """How the weights that the adapter changes are stored, in the words of the format."""
+        sources = (self.plan.tensors[name][0] for name in self.changed())
+        return tuple(sorted({self.checkpoint.entry(source).dtype for source in sources}))
+
 
 def _exact(rows: Tensor) -> Tensor:
     return rows if rows.dtype == torch.float64 else rows.float()

@@ -128,13 +128,12 @@ def merge(
         else:
             shutil.copyfile(base / "config.json", draft / "config.json")
         _write(draft / NOTE, _note(base, adapter, untied=fold.plan.untied))
-    sources = [fold.plan.tensors[name][0] for name in changed]
     return MergeReport(
         out=out,
         files=tuple(shards),
         tensors=len(contents),
         merged=_names(adapter),
-        dtypes=tuple(sorted({fold.checkpoint.entry(source).dtype for source in sources})),
+        dtypes=fold.dtypes(),
         untied=fold.plan.untied,
         rows=fold.plan.rows,
         seconds=time.monotonic() - started,

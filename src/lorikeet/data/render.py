@@ -67,7 +67,8 @@ class Renderer:
         supervise: `all` assistant turns, the `last` one, or `everything` but the first token.
 
     Attributes:
-        template_name: the template in use, `auto` resolved.
+        template: the template in use, `auto` resolved.
+        template_name: its name.
         template_hash: sha256 of its Jinja source.
 
     Raises:
@@ -89,9 +90,9 @@ class Renderer:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.supervise = supervise
-        self._template = load_template(template, tokenizer)
-        self.template_name = self._template.name
-        self.template_hash = self._template.sha256
+        self.template = load_template(template, tokenizer)
+        self.template_name = self.template.name
+        self.template_hash = self.template.sha256
         self._adds_bos = adds_bos(tokenizer)
         special = special_tokens(tokenizer)
         self._special_ids = frozenset(special.values())
@@ -116,12 +117,16 @@ class Renderer:
         """
         if isinstance(messages, str):
             return self._with_bos(token_ids(self.tokenizer, [messages])[0], own=False)
+        text = self.prompt_text(messages)
+        return self._with_bos(token_ids(self.tokenizer, [text])[0], own=self.template.own)
+
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """Return the text of `prompt(messages)`, without a BOS that only the tokenizer adds."""
         if messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        text = self._template.render(
+        return self.template.render(
             self.tokenizer, [messages], origins=["prompt"], add_generation_prompt=True
-        )
-        return self._with_bos(token_ids(self.tokenizer, text)[0], own=self._template.own)
+        )[0]
 
     def stop_ids(self) -> frozenset[int]:
         """Return the tokens at which generation ends: EOS, and what ends a turn in training."""
@@ -201,7 +206,7 @@ class Renderer:
             [row for row, _ in rows],
             [origin for _, origin in rows],
             tokenizer=self.tokenizer,
-            template=self._template,
+            template=self.template,
             special=self._special,
             last_only=self.supervise == "last",
         )
@@ -215,7 +220,7 @@ class Renderer:
     def _conversation(
         self, row: Turns, origin: str, found: Found, tokens: Tokens, prompt: list[int]
     ) -> Rendered:
-        own = self._template.own
+        own = self.template.own
         framed = self._frame(tokens, len(found.text), own=own, add_eos=not found.ends_with_special)
         prompt = self._with_bos(prompt, own=own)
         mask = self._mask(found, framed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from lorikeet.export.verify import Tolerance, Verification, Way, run_by, tolerance_of, verify
+from lorikeet.export.tolerance import Tolerance, tolerance_of
+from lorikeet.export.verify import Material, Verification, Way, run_by, verify
 
-__all__ = ["Tolerance", "Verification", "Way", "run_by", "tolerance_of", "verify"]
+__all__ = ["Material", "Tolerance", "Verification", "Way", "run_by", "tolerance_of", "verify"]

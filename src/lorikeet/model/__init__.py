@@ -4,7 +4,7 @@ The only part that imports `transformers`.
 """
 
 from lorikeet.model.agreement import TokenNll
-from lorikeet.model.base import Base, empty_model, init_model, load_model, load_tokenizer
+from lorikeet.model.base import Base, empty_model, init_model, load_model, load_tokenizer, model_of
 from lorikeet.model.budget import Fit, fit_memory, measure
 from lorikeet.model.fast import FastNll, int8_weights
 from lorikeet.model.fingerprint import fingerprint, tokenizer_fingerprint
@@ -38,6 +38,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "measure",
+    "model_of",
     "peak_memory",
     "token_nll",
     "tokenizer_fingerprint",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lorikeet import console
@@ -152,6 +152,44 @@ def init_model(
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=machine.dtype)
     return _ready(model, tokenizer, source, machine, fast)
+
+
+def model_of(
+    folder: str | Path,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    changes: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A model of a folder's architecture that has other weights, in float32 on the CPU.
+
+    Args:
+        folder: where its `config.json` is; the tokenizer and the weights there are not read.
+        weights: every tensor, by the name that it has in a checkpoint.
+        changes: values of the configuration that differ from the folder's.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        ModelError: tensors are missing or of the wrong shape.
+    """
+    source = str(folder)
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    config = _load_config(source, {**options, **(changes or {})})
+    with _loading(f"cannot make a model of {source}"):
+        with torch.device("meta"):
+            kind: Any = type(
+                AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            )
+        model, report = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(weights),
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, all of them
+        )
+    _check_loading(source, report)
+    return model.eval()
 
 
 def empty_model(

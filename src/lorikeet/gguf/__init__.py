@@ -1,0 +1,15 @@
+"""GGUF, the file format of llama.cpp: its block formats, its mixtures of types, its container.
+
+Tensors in, bytes out and back: nothing here knows a model folder or a tokenizer. Everything is
+Python and numpy, so that it works where there is no compiler and no llama.cpp.
+"""
+
+from lorikeet.gguf.blocks import TYPES, BlockType, decode, encode, row_bytes
+
+__all__ = [
+    "TYPES",
+    "BlockType",
+    "decode",
+    "encode",
+    "row_bytes",
+]

@@ -52,6 +52,8 @@ def write_official(
     """`quantised`: name -> (type, the float32 weights)."""
     writer = GGUFWriter(path, arch="")
     writer.kv_data[0].clear()
+    if "general.alignment" in metadata:
+        writer.data_alignment = metadata["general.alignment"].value
     for key, field in metadata.items():
         kind = KINDS[field.kind]
         if field.is_array:

@@ -89,14 +89,16 @@ class GGUFFile:
         info = self.tensors[name]
         if not 0 <= start <= stop <= info.shape[0]:
             raise ValueError(f"{name} has {info.shape[0]} rows, not rows {start} to {stop}")
+        if 0 in (stop - start, *info.shape):
+            return torch.empty(stop - start, *info.shape[1:])
         if len(info.shape) == 1:  # one run of blocks, which an element may lie in the middle of
             data = self._bytes(info.begin, info.size)
             return decode(info.type, data.view(1, -1))[0, start:stop]
-        each = info.size // max(info.shape[0], 1)
+        each = info.size // info.shape[0]
         data = self._bytes(info.begin + start * each, (stop - start) * each)
         lines = (stop - start) * math.prod(info.shape[1:-1])
         shape = (stop - start, *info.shape[1:])
-        return decode(info.type, data.view(lines, len(data) // max(lines, 1))).reshape(shape)
+        return decode(info.type, data.view(lines, -1)).reshape(shape)
 
     def raw(self, name: str) -> Iterator[bytes]:
         """The bytes of a tensor, in blocks.
@@ -309,7 +311,7 @@ def _placed(one: _Described, *, begin: int, findings: _Findings) -> TensorInfo |
     except (ValueError, KeyError):
         findings.add(f"{one.name[:200]} is of an unknown type, {one.type}")
         return None
-    if max((*shape, count, one.place)) > _LARGEST_SIZE:
+    if max(math.prod(size or 1 for size in shape), one.place) > _LARGEST_SIZE:
         findings.add(f"{one.name[:200]} has impossible sizes: {list(shape)} at {one.place}")
         return None
     if (shape[-1] if shape else 1) % weights:

@@ -215,7 +215,8 @@ def extreme(x: Floats) -> tuple[Floats, Floats]:
     """The element of largest magnitude, the first of equals, and its magnitude: [S] each."""
     high, low = np.maximum.reduce(x, axis=0), np.minimum.reduce(x, axis=0)
     most = np.maximum(high, -low)
-    largest: Floats = np.where(high > -low, high, low)
+    largest = np.abs(high)  # of zeros it makes +0, as in C
+    np.copyto(largest, low, where=-low > high)
     tied = np.flatnonzero((high == -low) & (most > 0))
     if tied.size:
         picked = x[:, tied]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 
 from lorikeet.gguf.scratch import Bytes, Floats, Scratch
-from lorikeet.gguf.search import Steps, affine, affine_codes, symmetric, symmetric_codes
+from lorikeet.gguf.search import Steps, affine, affine_codes, extreme, symmetric, symmetric_codes
 
 WEIGHTS = 32
 _STEPS = Steps(-0.9, 0.05, 37)
@@ -37,8 +37,7 @@ def encode_q8_0(rows: Floats, importance: Floats | None, out: Bytes, scratch: Sc
     """Round to 127ths of the largest magnitude; importance changes nothing, as in llama.cpp."""
     blocks = rows.reshape(-1, WEIGHTS)
     x = scratch.floats("scaled", *blocks.shape)
-    most = np.maximum(blocks.max(axis=1), -blocks.min(axis=1))
-    d = most / np.float32(127)
+    d = np.maximum.reduce(np.abs(blocks, out=x), axis=1) / np.float32(127)
     np.multiply(blocks, _reciprocal(d)[:, None], out=x)
     # Half away from zero: with the largest float32 below 0.5, 0.49999997 still becomes zero.
     half = scratch.floats("halves", *blocks.shape)
@@ -75,7 +74,7 @@ def _encode_signed(
     x = across(rows, WEIGHTS, "x", scratch)[:, 0]
     codes = scratch.floats("codes", *x.shape)
     if importance is None:
-        d = _largest(x) / np.float32(-top)
+        d = extreme(x)[0] / np.float32(-top)
         np.multiply(x, _reciprocal(d), out=codes)
         codes += np.float32(top + 0.5)
         np.fmin(codes, np.full_like(d, 2 * top - 1), out=codes)  # what follows drops the fraction
@@ -111,11 +110,6 @@ def _encode_affine(
     _put(data, 0, d)
     _put(data, 2, low)
     _pack(codes, data[:, 4:], scratch, fifth=top == 31)
-
-
-def _largest(x: Floats) -> Floats:
-    """The element of largest magnitude, the first of equals: [B]."""
-    return np.take_along_axis(x, np.argmax(np.abs(x), axis=0)[None], axis=0)[0]
 
 
 def _reciprocal(d: Floats) -> Floats:

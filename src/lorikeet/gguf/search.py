@@ -176,7 +176,7 @@ def symmetric(x: Floats, w: Floats | None = None, *, top: int, scratch: Scratch)
         if i == 0:
             continue
         tried = -(np.float32(top) + np.float32(0.1) * np.float32(i)) / largest
-        sum_xl, sum_l2 = _products(x, w, wx, tried, top, codes, terms)
+        sum_xl, sum_l2 = _products(x, w, wx, tried, top, codes, terms, within=i < 5)
         better = (sum_l2 > 0) & (sum_xl * sum_xl > best * sum_l2)
         fitted = sum_xl / sum_l2
         for kept, new in ((scale, fitted), (best, fitted * sum_xl), (inverse, tried)):
@@ -195,19 +195,24 @@ def _products(
     top: int,
     codes: Floats,
     terms: Floats,
+    *,
+    within: bool = True,
 ) -> tuple[Floats, Floats]:
     """Σ w x l and Σ w l² of the codes that `inverse` gives: [S] each."""
-    symmetric_codes(x, inverse, top=top, out=codes)
+    symmetric_codes(x, inverse, top=top, out=codes, within=within)
     sum_xl = np.add.reduce(np.multiply(wx, codes, out=terms), axis=0)
     np.multiply(w, codes, out=terms)
     return sum_xl, np.add.reduce(np.multiply(terms, codes, out=terms), axis=0)
 
 
-def symmetric_codes(x: Floats, inverse: Floats, *, top: int, out: Floats) -> Floats:
-    """Codes [n, S] from -top to top - 1."""
+def symmetric_codes(
+    x: Floats, inverse: Floats, *, top: int, out: Floats, within: bool = False
+) -> Floats:
+    """Codes [n, S] from -top to top - 1; `within`: none can come out below -top."""
     np.multiply(x, inverse, out=out)
     np.rint(out, out=out)
-    np.fmax(out, np.full_like(inverse, -top), out=out)
+    if not within:
+        np.fmax(out, np.full_like(inverse, -top), out=out)
     return np.fmin(out, np.full_like(inverse, top - 1), out=out)
 
 

@@ -5,11 +5,16 @@ Python and numpy, so that it works where there is no compiler and no llama.cpp.
 """
 
 from lorikeet.gguf.blocks import TYPES, BlockType, decode, encode, row_bytes
+from lorikeet.gguf.mixture import KINDS, Assigned, assign, file_type
 
 __all__ = [
+    "KINDS",
     "TYPES",
+    "Assigned",
     "BlockType",
+    "assign",
     "decode",
     "encode",
+    "file_type",
     "row_bytes",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import platform
 import re
 import signal
@@ -87,6 +88,7 @@ class LlamaCpp:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # its last lines shall say why it ended
         )
         assert self._process.stdin and isinstance(self._process.stdout, BufferedReader)
         self._in, self._out = self._process.stdin, self._process.stdout

@@ -72,6 +72,7 @@ class Architecture:
         options: reads the options that only some architectures have.
         rope: rope types besides `default`.
         theta: base frequency by default.
+        local_theta: that of layers with a sliding window, if they have their own.
         permuted: whether llama.cpp turns neighbours, (0, 1), (2, 3), ..., where transformers turns
             halves, (0, d/2), (1, d/2 + 1), ...: rows of q and k then change places.
         norms_from_one: whether a norm multiplies with 1 + w, which llama.cpp wants added.
@@ -86,6 +87,7 @@ class Architecture:
     options: Callable[[Sizes, Mapping[str, Any], Options], None] = lambda sizes, config, found: None
     rope: frozenset[str] = frozenset({"linear", "yarn"})
     theta: float = 10_000.0
+    local_theta: float | None = None
     permuted: bool = False
     norms_from_one: bool = False
     head_is_free: bool = True
@@ -180,7 +182,7 @@ def _no_bias(sizes: Sizes, config: Mapping[str, Any], found: Options) -> None:
 def _ignored_window(sizes: Sizes, config: Mapping[str, Any], found: Options) -> None:
     """llama.cpp attends to everything here: equal to a sliding window up to its size."""
     window = config.get("sliding_window")
-    if window and window < sizes.context:
+    if window and 0 < window < sizes.context:
         found.notes.append(
             f"llama.cpp attends to everything where this model attends to the last {window:,}"
             " tokens: answers differ in longer contexts"
@@ -197,7 +199,7 @@ def _qwen_options(sizes: Sizes, config: Mapping[str, Any], found: Options) -> No
 def _phi3_options(sizes: Sizes, config: Mapping[str, Any], found: Options) -> None:
     _ignored_window(sizes, config, found)
     found.metadata[gguf.Keys.Attention.SLIDING_WINDOW] = Field(
-        "u32", int(config.get("sliding_window") or 0)
+        "u32", min(max(config.get("sliding_window") or 0, 0), 2**31 - 1)
     )
 
 
@@ -223,7 +225,7 @@ def _alternating(
     _gemma_options(sizes, config, found)
     types = config.get("layer_types") or [
         "full_attention"
-        if (i + 1) % (config.get("sliding_window_pattern") or period) == 0
+        if (i + 1) % max(config.get("sliding_window_pattern") or period, 1) == 0
         else "sliding_attention"
         for i in range(sizes.layers)
     ]
@@ -234,10 +236,10 @@ def _alternating(
     ]
     if types != built_in:
         found.problems.append(
-            f"layer_types: llama.cpp has it built in that every {period}th layer attends to"
-            " everything and the others to a window"
+            f"layer_types: llama.cpp has it built in that each layer whose number {period} divides"
+            " attends to everything and the others to a window"
         )
-    if not isinstance(window, int) or window < 1:
+    if not window or not 0 < window < 2**31:
         found.problems.append(f"sliding_window is {window}; expected a number of tokens")
     else:
         found.metadata[gguf.Keys.Attention.SLIDING_WINDOW] = Field("u32", window)
@@ -256,7 +258,7 @@ def _gemma2_options(sizes: Sizes, config: Mapping[str, Any], found: Options) -> 
         ("final_logit_softcapping", gguf.Keys.LLM.FINAL_LOGIT_SOFTCAPPING),
     ):
         cap = config.get(name)
-        if isinstance(cap, (int, float)) and cap > 0:
+        if cap:
             found.metadata[key] = Field("f32", float(cap))
         else:
             found.problems.append(f"{name} is {cap}; llama.cpp caps these logits in any case")
@@ -361,6 +363,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         options=_gemma3_options,
         rope=frozenset({"linear"}),
         theta=1_000_000.0,
+        local_theta=10_000.0,
         norms_from_one=True,
         defaults={
             "num_attention_heads": 8,

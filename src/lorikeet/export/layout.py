@@ -6,6 +6,7 @@ Everything that llama.cpp could not run, or would run as something else, is refu
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lorikeet.errors import ModelError
 from lorikeet.export.architectures import ARCHITECTURES, Architecture, Options, Shapes, Sizes
-from lorikeet.export.rope import local_theta, rotation
+from lorikeet.export.rope import rotation
 from lorikeet.gguf.metadata import Field
 
 _SHOWN = 12  # findings in one message
@@ -25,6 +26,18 @@ _EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm
 _BUFFER = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _LARGEST = 2**31 - 1
+_NUMBERS = (int, float)
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("architectures", "layer_types"), (list,)),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), (dict,)),
+    **dict.fromkeys(("hidden_act", "hidden_activation"), (str,)),
+    **dict.fromkeys(("sliding_window", "sliding_window_pattern"), (int,)),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), (bool,)),
+    **dict.fromkeys(("use_sliding_window", "use_bidirectional_attention"), (bool,)),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), _NUMBERS),
+    **dict.fromkeys(("query_pre_attn_scalar", "rms_norm_eps"), _NUMBERS),
+}
+"""What optional keys of a config.json may be, besides null."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +100,11 @@ def lay_out(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     """
     described = _architecture(config)
     config = {**described.defaults, **config}
-    problems = _general_problems(config)
+    problems = _kind_problems(config)
     sizes = _sizes(config, problems)
-    if sizes is None:
+    if problems or sizes is None:
         raise _refusal(config, problems)
-    problems += _size_problems(described, sizes)
+    problems += _general_problems(config) + _size_problems(described, sizes)
     options = Options()
     described.options(sizes, config, options)
     turning = rotation(
@@ -100,6 +113,7 @@ def lay_out(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
         context=sizes.context,
         theta=described.theta,
         kinds=described.rope,
+        local_theta=described.local_theta,
     )
     problems += _activation_problems(described, config) + options.problems + turning.problems
     tied = bool(config.get("tie_word_embeddings", False))
@@ -166,6 +180,17 @@ def _refusal(config: Mapping[str, Any], problems: list[str]) -> ModelError:
     return ModelError(heading, [problem[:400] for problem in shown])
 
 
+def _kind_problems(config: Mapping[str, Any]) -> list[str]:
+    found = []
+    for name, kinds in _KINDS.items():
+        value = config.get(name)
+        fits = value is None or type(value) in kinds
+        if not fits or (kinds == _NUMBERS and value is not None and not 0 <= value < math.inf):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            found.append(f"{name} in config.json is {str(value)[:60]!r}; expected {expected}")
+    return found
+
+
 def _general_problems(config: Mapping[str, Any]) -> list[str]:
     found = []
     if quantised := config.get("quantization_config"):
@@ -200,10 +225,8 @@ def _sizes(config: Mapping[str, Any], problems: list[str]) -> Sizes | None:
     head = size("head_dim") if "head_dim" in given else hidden // max(heads, 1)
     sizes = Sizes(rows, hidden, inner, layers, heads, kv_heads, head, context)
     whole = all(getattr(sizes, name) for name in Sizes.__dataclass_fields__)
-    epsilon = config.get("rms_norm_eps")
-    if not isinstance(epsilon, (int, float)) or isinstance(epsilon, bool) or epsilon < 0:
-        problems.append(f"rms_norm_eps is {epsilon!r}; expected a number")
-        return None
+    if config.get("rms_norm_eps") is None:
+        problems.append("rms_norm_eps in config.json is None; expected a number")
     return sizes if whole else None
 
 
@@ -328,8 +351,6 @@ def _metadata(
         keys.Attention.LAYERNORM_RMS_EPS: Field("f32", float(config["rms_norm_eps"])),
         **more,
     }
-    if described.arch == gguf.MODEL_ARCH.GEMMA3:
-        own[keys.Rope.FREQ_BASE_SWA] = Field("f32", local_theta(config, theta=10_000.0))
     general = {
         keys.General.ARCHITECTURE: Field("str", arch),
         keys.General.TYPE: Field("str", gguf.GGUFType.MODEL),

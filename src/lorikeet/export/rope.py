@@ -62,17 +62,6 @@ def rope_parameters(config: Mapping[str, Any], *, theta: float) -> dict[str, Any
     return found
 
 
-def local_theta(config: Mapping[str, Any], *, theta: float) -> float:
-    """The base frequency of Gemma 3's layers with a sliding window.
-
-    Args:
-        config: a config.json.
-        theta: the architecture's where the file gives none.
-    """
-    sliding = _dict(_dict(config.get("rope_parameters")).get("sliding_attention"))
-    return float(_first(sliding.get("rope_theta"), config.get("rope_local_base_freq"), theta))
-
-
 def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
@@ -82,7 +71,13 @@ def _first(*values: Any) -> Any:
 
 
 def rotation(
-    config: Mapping[str, Any], *, head: int, context: int, theta: float, kinds: frozenset[str]
+    config: Mapping[str, Any],
+    *,
+    head: int,
+    context: int,
+    theta: float,
+    kinds: frozenset[str],
+    local_theta: float | None = None,
 ) -> Rotation:
     """Translate a config's rotary embeddings.
 
@@ -92,11 +87,12 @@ def rotation(
         context: positions that the model is made for.
         theta: the architecture's base frequency where the file gives none.
         kinds: the rope types that llama.cpp runs for this architecture, besides `default`.
+        local_theta: for Gemma 3, the base frequency of layers with a sliding window where the file
+            gives none.
     """
     given = rope_parameters(config, theta=theta)
     found = Rotation()
     kind = "longrope" if given["rope_type"] == "su" else str(given["rope_type"])
-    share = given["partial_rotary_factor"]
     if kind != "default" and kind not in kinds:
         supported = ", ".join(["default", *sorted(kinds)])
         found.problems.append(
@@ -104,15 +100,31 @@ def rotation(
         )
         return found
     try:
-        turned = int(head * share)
+        turned = int(head * float(given["partial_rotary_factor"]))
+        if turned % 2 or not 0 < turned <= head:
+            raise ValueError(f"{turned} of {head} numbers of a head cannot be rotated")
         found.metadata[_KEYS.DIMENSION_COUNT] = Field("u32", turned)
-        found.metadata[_KEYS.FREQ_BASE] = Field("f32", float(given["rope_theta"]))
+        found.metadata[_KEYS.FREQ_BASE] = Field("f32", _positive(given["rope_theta"]))
+        if local_theta is not None:
+            own = _local_theta(config, default=local_theta)
+            found.metadata[_KEYS.FREQ_BASE_SWA] = Field("f32", own)
         _WRITERS[kind](found, _Scaled(config, given, turned, context))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         found.problems.append(
-            f"the parameters of rope_type {kind} are incomplete or no numbers ({error!r})"
+            f"the parameters of rope_type {kind} are incomplete or no fit numbers ({error!r})"
         )
     return found
+
+
+def _local_theta(config: Mapping[str, Any], *, default: float) -> float:
+    sliding = _dict(_dict(config.get("rope_parameters")).get("sliding_attention"))
+    return _positive(_first(sliding.get("rope_theta"), config.get("rope_local_base_freq"), default))
+
+
+def _positive(value: Any) -> float:
+    if not 0 < float(value) < math.inf:
+        raise ValueError(f"expected a positive number, found {value}")
+    return float(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +140,12 @@ class _Scaled:
     def original(self) -> int:
         """Positions before the scaling, by transformers' order of precedence."""
         key = "original_max_position_embeddings"
-        return int(_first(self.config.get(key), self.given.get(key), self.context))
+        return int(_positive(_first(self.config.get(key), self.given.get(key), self.context)))
 
     @property
     def factor(self) -> float:
         """How many times longer the context became."""
-        return float(_first(self.given.get("factor"), self.context / self.original))
+        return _positive(_first(self.given.get("factor"), self.context / self.original))
 
 
 def _default(found: Rotation, scaled: _Scaled) -> None:
@@ -142,7 +154,7 @@ def _default(found: Rotation, scaled: _Scaled) -> None:
 
 def _linear(found: Rotation, scaled: _Scaled) -> None:
     found.metadata[_KEYS.SCALING_TYPE] = Field("str", gguf.RopeScalingType.LINEAR.value)
-    found.metadata[_KEYS.SCALING_FACTOR] = Field("f32", float(scaled.given["factor"]))
+    found.metadata[_KEYS.SCALING_FACTOR] = Field("f32", _positive(scaled.given["factor"]))
 
 
 def _yarn(found: Rotation, scaled: _Scaled) -> None:
@@ -160,7 +172,7 @@ def _yarn(found: Rotation, scaled: _Scaled) -> None:
         parts = (_yarn_attention(factor, float(given[n])) for n in ("mscale", "mscale_all_dim"))
         wanted = next(parts) / next(parts)
     if wanted is not None and not math.isclose(float(wanted), built_in):
-        found.metadata[_KEYS.SCALING_ATTN_FACTOR] = Field("f32", float(wanted) / built_in)
+        found.metadata[_KEYS.SCALING_ATTN_FACTOR] = Field("f32", _positive(wanted) / built_in)
 
 
 def _yarn_attention(factor: float, mscale: float) -> float:
@@ -171,10 +183,10 @@ def _yarn_attention(factor: float, mscale: float) -> float:
 def _llama3(found: Rotation, scaled: _Scaled) -> None:
     found.made[_ROPE_FREQS] = llama3_divisors(
         scaled.turned,
-        theta=float(scaled.given["rope_theta"]),
-        factor=float(scaled.given["factor"]),
-        low=float(scaled.given["low_freq_factor"]),
-        high=float(scaled.given["high_freq_factor"]),
+        theta=_positive(scaled.given["rope_theta"]),
+        factor=_positive(scaled.given["factor"]),
+        low=_positive(scaled.given["low_freq_factor"]),
+        high=_positive(scaled.given["high_freq_factor"]),
         original=scaled.original,
     )
 
@@ -208,7 +220,7 @@ def _longrope(found: Rotation, scaled: _Scaled) -> None:
     if wanted is None:  # LongRoPE, arXiv:2402.13753, as transformers computes it
         longer = scaled.factor
         wanted = math.sqrt(1 + math.log(longer) / math.log(scaled.original)) if longer > 1 else 1.0
-    found.metadata[_KEYS.SCALING_ATTN_FACTOR] = Field("f32", float(wanted))
+    found.metadata[_KEYS.SCALING_ATTN_FACTOR] = Field("f32", _positive(wanted))
     if scaled.context > scaled.original and not torch.equal(long, short):
         found.notes.append(
             "llama.cpp chooses the rotation for short or long texts by the context that it is"

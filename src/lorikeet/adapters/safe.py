@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lorikeet.errors import ModelError
 
-_LONGEST_HEADER = 100_000_000  # the reference implementation's bound, too
+_LONGEST_HEADER = 25_000_000  # 200,000 tensors; as JSON it may take 26 times as much memory
 _MOST_DIMENSIONS = 64  # torch's bound
 _LARGEST_SIZE = 2**63 - 1
 _SHOWN = 8  # findings in one message

@@ -38,7 +38,7 @@ from lorikeet.gguf.metadata import KINDS, NUMBERS, Field
 MAGIC = b"GGUF"
 
 _VERSIONS = (2, 3)  # the same bytes; version 3 only allows big-endian files
-_LONGEST_HEADER = 100_000_000  # a vocabulary of 256,000 with its merges takes 15 million
+_LONGEST_HEADER = 64_000_000  # a vocabulary of 256,000 with its merges takes 15 million
 _MOST_DIMENSIONS = 4  # ggml's bound
 _LARGEST_SIZE = 2**63 - 1
 _SHORTEST_VALUE, _SHORTEST_TENSOR, _SHORTEST_STRING = 13, 24, 8  # bytes that one takes at least

@@ -35,6 +35,10 @@ _LIBRARIES = {
     "llama_cpp": ("lib/libllama.so", "lib/libllama.dylib"),
 }
 _PROCESSORS = {"x86_64", "aarch64", "arm64"}  # whose calling conventions are known to suit
+_ENVIRONMENT = {
+    "GGML_NO_BACKTRACE": "1",  # so that its last lines say why it ended
+    "PYTHONSAFEPATH": "1",  # so that the worker imports no neighbour by accident
+}
 _SHOWN = 6  # lines of llama.cpp's own in one message
 _PATIENCE = 5  # seconds that it has to end by itself
 
@@ -84,11 +88,11 @@ class LlamaCpp:
         self._context = context
         self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - open as long as we are
         self._process = subprocess.Popen(
-            [sys.executable, "-I", str(_WORKER)],
+            [sys.executable, str(_WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # its last lines shall say why it ended
+            env={**os.environ, **_ENVIRONMENT},
         )
         assert self._process.stdin and isinstance(self._process.stdout, BufferedReader)
         self._in, self._out = self._process.stdin, self._process.stdout

@@ -40,7 +40,7 @@ _ENVIRONMENT = {
     "PYTHONSAFEPATH": "1",  # so that the worker imports no neighbour by accident
 }
 _SHOWN = 6  # lines of llama.cpp's own in one message
-_PATIENCE = 5  # seconds that it has to end by itself
+_PATIENCE = 2  # seconds that it has to end by itself
 
 
 def find() -> Path | None:

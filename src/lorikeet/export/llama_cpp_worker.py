@@ -1,9 +1,9 @@
 """The process in which a stock llama.cpp runs: its C interface through ctypes, answers over a pipe.
 
-`llama_cpp.py` starts this file by its path, so that nothing of ours is imported. A request is a line
-of JSON, the first of which says what to load; the answer is frames of a letter, the number of bytes
-(uint64, little-endian) and the bytes: `D` data, `J` JSON, which ends the answer, `E` what is wrong,
-as text, which ends it too. What llama.cpp prints goes to stderr.
+`llama_cpp.py` starts this file by its path, so that nothing of ours is imported. A request is a
+line of JSON, the first of which says what to load; the answer is frames of a letter, the number of
+bytes (uint64, little-endian) and the bytes: `D` data, `J` JSON, which ends the answer, `E` what is
+wrong, as text, which ends it too. What llama.cpp prints goes to stderr.
 
 Structures that llama.cpp takes and gives by value change from version to version. Two things make
 that harmless (System V x86-64 and AArch64, where such structures lie in memory and not in

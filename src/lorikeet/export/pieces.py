@@ -51,13 +51,14 @@ _NO_PREFIX = (
 LITERAL = f"text with the character {SPACE} (U+2581) itself, which spells spaces in tokens"
 
 
-def spelling(spec: Mapping[str, Any], *, chats: bool) -> Spelling | None:
+def spelling(spec: Mapping[str, Any], *, special_first: bool) -> Spelling | None:
     """What a tokenizer.json does to a text, or None if llama.cpp has nothing like it.
 
     Args:
         spec: a tokenizer.json.
-        chats: whether there is a chat template; where llama.cpp can do right by chats or by plain
-            text only, chats come first.
+        special_first: whether chats begin with a special token. A tokenizer may put a space before
+            the very first text only; llama.cpp puts it after special tokens, too, or nowhere, which
+            is right for such chats.
     """
     normalizer = _parts(spec.get("normalizer"), "normalizers")
     collapses = bool(normalizer) and _replaced(normalizer[0]) in {(" {2,}", " "), (" +", " ")}
@@ -79,8 +80,8 @@ def spelling(spec: Mapping[str, Any], *, chats: bool) -> Spelling | None:
         if scheme == "always":
             return Spelling(True, collapses, (*limits, LEADING))
         if scheme == "first":
-            more = (_NO_PREFIX,) if chats else (LEADING, _AFTER_SPECIAL)
-            return Spelling(not chats, collapses, (*limits, *more))
+            more = (_NO_PREFIX,) if special_first else (LEADING, _AFTER_SPECIAL)
+            return Spelling(not special_first, collapses, (*limits, *more))
     return None
 
 

@@ -70,7 +70,7 @@ def describe(tokenizer: Any, *, rows: int) -> Vocabulary:
             " a model folder with a tokenizer.json"
         )
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, limits = _model(spec, rows=rows, chats=bool(tokenizer.chat_template))
+    model, limits = _model(spec, rows=rows, special_first=_special_first(tokenizer))
     metadata = {
         **model,
         **_special_ids(tokenizer),
@@ -80,22 +80,19 @@ def describe(tokenizer: Any, *, rows: int) -> Vocabulary:
 
 
 def _model(
-    spec: Mapping[str, Any], *, rows: int, chats: bool
+    spec: Mapping[str, Any], *, rows: int, special_first: bool
 ) -> tuple[dict[str, Field], tuple[str, ...]]:
     model = spec["model"]
     kind = model.get("type")
-    if kind == "BPE" and (
-        model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-    ):
-        raise ModelError(
-            "llama.cpp has no BPE that marks the ends of words, as this tokenizer does"
-        )
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if kind == "BPE" and model.get(option):
+            raise ModelError(f"the tokenizer's BPE has a {option}, which llama.cpp has not")
     if kind == "BPE" and model.get("byte_fallback"):
-        return _characters(spec, rows=rows, chats=chats)
+        return _characters(spec, rows=rows, special_first=special_first)
     if kind == "BPE":
         return _bytes(spec, rows=rows)
     if kind == "Unigram":
-        return _unigrams(spec, rows=rows, chats=chats)
+        return _unigrams(spec, rows=rows, special_first=special_first)
     raise ModelError(
         f"the tokenizer is a {kind}; llama.cpp has BPE on bytes, BPE with byte fallback and"
         " unigrams for language models"
@@ -127,11 +124,11 @@ def _byte_letters() -> list[str]:
 
 
 def _characters(
-    spec: Mapping[str, Any], *, rows: int, chats: bool
+    spec: Mapping[str, Any], *, rows: int, special_first: bool
 ) -> tuple[dict[str, Field], tuple[str, ...]]:
     """BPE on characters with bytes for unknown ones, such as Llama 2's."""
     vocab = spec["model"]["vocab"]
-    found = spelling(spec, chats=chats)
+    found = spelling(spec, special_first=special_first)
     if found is None or spec["model"].get("ignore_merges"):
         raise _no_spelling(spec)
     if missing := 256 - sum(1 for token in vocab if BYTE.fullmatch(token)):
@@ -166,11 +163,11 @@ def _no_spelling(spec: Mapping[str, Any]) -> ModelError:
 
 
 def _unigrams(
-    spec: Mapping[str, Any], *, rows: int, chats: bool
+    spec: Mapping[str, Any], *, rows: int, special_first: bool
 ) -> tuple[dict[str, Field], tuple[str, ...]]:
     """Unigrams, such as T5's."""
     model = spec["model"]
-    found = spelling(spec, chats=chats)
+    found = spelling(spec, special_first=special_first)
     unknown = model.get("unk_id")
     # Where llama.cpp makes one space of many, it puts one before the text in any case.
     if found is None or unknown is None or (found.collapses and not found.prefix):
@@ -239,17 +236,27 @@ def _special_ids(tokenizer: Any) -> dict[str, Field]:
 
 def turn_end(tokenizer: Any) -> int | None:
     """The special token that the chat template puts after an assistant's words, if it does."""
-    if not tokenizer.chat_template:
-        return None
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "qyq"}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # a template is a program of its user: it may want other turns
-        return None
+    after = _rendered(tokenizer, turns).rpartition("qyq")[2]
     special = special_tokens(tokenizer)
-    after = text.rpartition("qyq")[2]
     found = [(after.find(token), token) for token in special if token in after]
     return special[min(found)[1]] if found else None
+
+
+def _special_first(tokenizer: Any) -> bool:
+    """Whether the chat template begins conversations with a special token."""
+    text = _rendered(tokenizer, [{"role": "user", "content": "x"}])
+    return text.startswith(tuple(special_tokens(tokenizer)))
+
+
+def _rendered(tokenizer: Any, turns: list[dict[str, str]]) -> str:
+    """A conversation as text; empty if there is no template, or it wants other turns."""
+    if not tokenizer.chat_template:
+        return ""
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # a template is a program of its user
+        return ""
 
 
 def _chat_templates(template: str | Mapping[str, str] | None) -> dict[str, Field]:
@@ -270,14 +277,17 @@ def _chat_templates(template: str | Mapping[str, str] | None) -> dict[str, Field
 
 def _added_limits(spec: Mapping[str, Any]) -> list[str]:
     """What added tokens do to the text around them, which llama.cpp does not."""
+    flags = {
+        "lstrip": "swallow spaces before them",
+        "rstrip": "swallow spaces after them",
+        "single_word": "are found only as whole words",
+    }
+    if spec["model"].get("byte_fallback") and spec.get("normalizer"):
+        flags["normalized"] = "are found as if spelt with the normalizer's spaces"
     found = []
-    for flag, does in (
-        ("lstrip", "swallow spaces before them"),
-        ("rstrip", "swallow spaces after them"),
-        ("single_word", "are found only as whole words"),
-    ):
+    for flag, does in flags.items():
         names = [token["content"] for token in spec["added_tokens"] if token.get(flag)]
         if names:
             shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-            found.append(f"text around {shown}: they {does}, in llama.cpp they do not")
+            found.append(f"text around {shown}: here they {does}, in llama.cpp not")
     return found

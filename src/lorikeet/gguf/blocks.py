@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -21,6 +22,9 @@ from lorikeet.gguf.scratch import Bytes, Floats, Scratch, in_chunks
 _CHUNK = 131072
 """Weights that a thread works on at a time: the search holds five arrays of them, 2.6 MB. Less
 would stay nearer to the processor, but the calls themselves would weigh more."""
+
+_LARGEST = 1e9
+"""More than any type of blocks holds; beyond it the searches' sums overflow."""
 
 _Encoder: TypeAlias = Callable[[Floats, "Floats | None", Bytes, Scratch], None]
 
@@ -122,10 +126,12 @@ def encode(name: str, rows: Tensor, importance: Tensor | None = None) -> Tensor:
     """
     size = row_bytes(name, rows.shape[1])
     weights = rows.detach().to(device="cpu", dtype=torch.float32).contiguous()
-    if not _finite(weights):
+    if not math.isfinite(_magnitude(weights)):
         raise ModelError(f"{_where(weights)}: a weight is not finite, {name} cannot hold it")
     if name in _FLOATS:
         return _encode_floats(name, weights)
+    if _magnitude(weights) > _LARGEST:
+        raise _too_large(name, weights)
     out = torch.empty(len(weights), size, dtype=torch.uint8)
     columns = None if importance is None else _checked(importance, rows.shape[1])
     _encode_blocks(name, weights.numpy(), columns, out.numpy())
@@ -165,12 +171,12 @@ def _known(name: str) -> BlockType:
     return kind
 
 
-def _finite(rows: Tensor) -> bool:
-    """Whether all are: the smallest and the largest tell, and NaN makes itself both."""
+def _magnitude(rows: Tensor) -> float:
+    """The largest; not finite if any is not."""
     if not rows.numel():
-        return True
-    low, high = torch.aminmax(rows)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+        return 0.0
+    low, high = torch.aminmax(rows)  # a NaN becomes both
+    return float(torch.maximum(-low, high))
 
 
 def _where(rows: Tensor) -> str:
@@ -180,7 +186,7 @@ def _where(rows: Tensor) -> str:
 
 def _encode_floats(name: str, rows: Tensor) -> Tensor:
     cast = rows.to(_FLOATS[name])
-    if not _finite(cast):
+    if not math.isfinite(_magnitude(cast)):
         raise _too_large(name, rows)
     return (cast.clone() if cast is rows else cast).view(torch.uint8)
 
@@ -192,7 +198,7 @@ def _checked(importance: Tensor, width: int) -> Floats:
             f"importance of shape {list(columns.shape)} for rows of {width} weights:"
             " one number per column is expected"
         )
-    if not _finite(columns) or bool((columns < 0).any()):
+    if not math.isfinite(_magnitude(columns)) or bool((columns < 0).any()):
         raise ModelError("importance that is negative or not finite: measure it again")
     return columns.numpy()
 
@@ -212,6 +218,6 @@ def _encode_blocks(name: str, rows: Floats, importance: Floats | None, out: Byte
 
 def _too_large(name: str, rows: Tensor) -> ModelError:
     return ModelError(
-        f"weights as large as {rows.abs().max().item():.3g} do not fit {name}: choose a type of"
+        f"weights as large as {_magnitude(rows):.3g} do not fit {name}: choose a type of"
         " more range (bf16, f32), or look for what made them so large"
     )

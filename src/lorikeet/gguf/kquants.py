@@ -20,6 +20,7 @@ from lorikeet.gguf.search import (
     EPSILON,
     Affine,
     Steps,
+    added,
     affine,
     affine_codes,
     extreme,
@@ -108,7 +109,7 @@ def encode_q3(rows: Floats, importance: Floats | None, out: Bytes, scratch: Scra
     else:
         w = _weights(x, importance, scratch, share=128)
         found = symmetric(_flat(x), _flat(w), top=4, scratch=scratch)
-        scale, sums = found.scale.reshape(x.shape[1:]), np.add.reduce(w, axis=0)
+        scale, sums = found.scale.reshape(x.shape[1:]), added(w)
         first = symmetric_codes(
             _flat(x), found.inverse, top=4, out=scratch.floats("first", *_flat(x).shape)
         )
@@ -162,7 +163,7 @@ def _columns(importance: Floats, part: int) -> Floats:
 def _magnitudes(x: Floats, scratch: Scratch) -> Floats:
     """Weights without importance: the root of the sub-block's mean square, and |x|."""
     w = np.multiply(x, x, out=scratch.floats("weights", *x.shape))
-    root = np.sqrt(np.add.reduce(w, axis=0) / np.float32(len(x)))
+    root = np.sqrt(added(w) / np.float32(len(x)))
     np.abs(x, out=w)
     return np.add(w, root, out=w)
 
@@ -173,7 +174,7 @@ def _weights(x: Floats, importance: Floats, scratch: Scratch, *, share: int) -> 
     squares = scratch.floats("codes", parts, n, count)
     np.multiply(x, x, out=squares.transpose(1, 0, 2))
     # In the order of the row, as C adds them: all of a sub-block, then the next one.
-    sigma = np.add.reduce(squares.reshape(256, count), axis=0) / np.float32(share)
+    sigma = added(squares.reshape(256, count)) / np.float32(share)
     w = np.add(squares.transpose(1, 0, 2), sigma, out=scratch.floats("weights", *x.shape))
     np.sqrt(w, out=w)
     columns = _columns(importance, n)
@@ -200,7 +201,7 @@ def _shares(values: Floats, top: int) -> tuple[Bytes, NDArray[np.float16]]:
 def _fitted(found: Affine, w: Floats, *, top: int) -> _Pair:
     """Scales and minima with factors that fit best under the weights of the sub-blocks."""
     count = w.shape[2]
-    sums = np.add.reduce(w, axis=0)
+    sums = added(w)
     both = np.concatenate((found.scale.reshape(-1, count), -found.low.reshape(-1, count)), axis=1)
     factors, codes = positive(both, np.concatenate((sums, sums), axis=1), top=top)
     whole, half = codes.astype(np.uint8), factors.astype(np.float16)

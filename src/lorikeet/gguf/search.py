@@ -24,6 +24,16 @@ EPSILON = np.float32(1e-15)
 _MAGIC = np.float32(12582912)  # 1.5 · 2²³: adding it rounds to a whole number
 
 
+def added(x: Floats) -> Floats:
+    """The sum over the first axis, one element after another.
+
+    numpy adds along the first axis row by row, but a single column in pairs.
+    """
+    if x[0].size == 1:
+        return np.add.accumulate(x, axis=0)[-1]
+    return np.add.reduce(x, axis=0)
+
+
 class Steps(NamedTuple):
     """The inverse scales that an affine search tries: (first + i · by + top) / (max - min).
 
@@ -74,24 +84,24 @@ def affine(x: Floats, w: Floats, *, top: int, steps: Steps, scratch: Scratch) ->
     terms = scratch.floats("terms", *x.shape)
     lowest = np.minimum(np.minimum.reduce(x, axis=0), np.float32(0))
     high = np.maximum.reduce(x, axis=0)
-    sum_w = np.add.reduce(w, axis=0)
-    sum_x = np.add.reduce(np.multiply(w, x, out=terms), axis=0)
+    sum_w = added(w)
+    sum_x = added(np.multiply(w, x, out=terms))
 
     low, base = lowest.copy(), lowest.copy()
     inverse = np.float32(top) / (high - low)
-    scale = 1 / inverse
+    scale = np.float32(1) / inverse
     affine_codes(x, base, inverse, top=top, out=codes)
     best = _error(x, w, codes, scale, low, absolute=steps.absolute, out=terms)
     for numerator in steps.numerators(top):
         tried = numerator / (high - low)
         affine_codes(x, low, tried, top=top if numerator > top + 0.499 else None, out=codes)
         np.multiply(w, codes, out=terms)
-        sum_l = np.add.reduce(terms, axis=0)
-        sum_xl = np.add.reduce(np.multiply(terms, x, out=scratch.floats("more", *x.shape)), axis=0)
-        sum_l2 = np.add.reduce(np.multiply(terms, codes, out=terms), axis=0)
+        sum_l = added(terms)
+        sum_xl = added(np.multiply(terms, x, out=scratch.floats("more", *x.shape)))
+        sum_l2 = added(np.multiply(terms, codes, out=terms))
         spread = sum_w * sum_l2 - sum_l * sum_l
-        fitted = (sum_w * sum_xl - sum_x * sum_l) / spread
-        floor = (sum_l2 * sum_x - sum_l * sum_xl) / spread
+        fitted = np.divide(sum_w * sum_xl - sum_x * sum_l, spread)
+        floor = np.divide(sum_l2 * sum_x - sum_l * sum_xl, spread)
         above = floor > 0
         np.copyto(fitted, sum_xl / sum_l2, where=above)
         np.copyto(floor, np.float32(0), where=above)
@@ -139,7 +149,7 @@ def _error(
     else:
         np.multiply(out, out, out=out)
     np.multiply(out, w, out=out)
-    return np.add.reduce(out, axis=0)
+    return added(out)
 
 
 class Symmetric(NamedTuple):
@@ -200,9 +210,9 @@ def _products(
 ) -> tuple[Floats, Floats]:
     """Σ w x l and Σ w l² of the codes that `inverse` gives: [S] each."""
     symmetric_codes(x, inverse, top=top, out=codes, within=within)
-    sum_xl = np.add.reduce(np.multiply(wx, codes, out=terms), axis=0)
+    sum_xl = added(np.multiply(wx, codes, out=terms))
     np.multiply(w, codes, out=terms)
-    return sum_xl, np.add.reduce(np.multiply(terms, codes, out=terms), axis=0)
+    return sum_xl, added(np.multiply(terms, codes, out=terms))
 
 
 def symmetric_codes(
@@ -265,8 +275,8 @@ def positive(x: Floats, w: Floats, *, top: int) -> tuple[Floats, Floats]:
         np.copyto(inverse, tried, where=better)
     codes = np.clip(np.rint(inverse * x), np.float32(0), np.float32(top))
     wx = w * x
-    sum_xl = np.add.reduce(wx * codes, axis=0)
-    sum_l2 = np.add.reduce(w * codes * codes, axis=0)
+    sum_xl = added(wx * codes)
+    sum_l2 = added(w * codes * codes)
     _improve(x, w, wx, codes, sum_xl, sum_l2, least=0, top=top)
     scale = np.where(sum_l2 > 0, sum_xl / sum_l2, np.float32(0))
     empty = high < EPSILON
@@ -279,7 +289,7 @@ def _squares(x: Floats, w: Floats, inverse: Floats, top: int) -> Floats:
     """Σ w · (x - codes / inverse)² with the codes codes of `inverse`: [S]."""
     codes = np.minimum(np.rint(inverse * x), np.float32(top))
     difference = x - (1 / inverse) * codes
-    return np.add.reduce(w * difference * difference, axis=0)
+    return added(w * difference * difference)
 
 
 def _improve(

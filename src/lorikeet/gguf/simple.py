@@ -19,7 +19,15 @@ from __future__ import annotations
 import numpy as np
 
 from lorikeet.gguf.scratch import Bytes, Floats, Scratch
-from lorikeet.gguf.search import Steps, affine, affine_codes, extreme, symmetric, symmetric_codes
+from lorikeet.gguf.search import (
+    Steps,
+    added,
+    affine,
+    affine_codes,
+    extreme,
+    symmetric,
+    symmetric_codes,
+)
 
 WEIGHTS = 32
 _STEPS = Steps(-0.9, 0.05, 37)
@@ -119,9 +127,8 @@ def _reciprocal(d: Floats) -> Floats:
 
 def _weights(rows: Floats, x: Floats, importance: Floats, scratch: Scratch) -> Floats:
     """importance · √(mean of the row's squares + x²): [32, B]."""
-    columns = np.ascontiguousarray(rows.T)
-    columns *= columns
-    mean = np.add.reduce(columns, axis=0) / np.float32(rows.shape[1])  # one after another, as in C
+    squares = scratch.floats("terms", rows.shape[1], len(rows))
+    mean = added(np.multiply(rows.T, rows.T, out=squares)) / np.float32(rows.shape[1])
     per_row = rows.shape[1] // WEIGHTS
     w = np.multiply(x, x, out=scratch.floats("weights", *x.shape))
     w += np.repeat(mean, per_row)

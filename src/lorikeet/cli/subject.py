@@ -15,7 +15,7 @@ from lorikeet.adapters import (
     read_adapter_config,
 )
 from lorikeet.config import RunConfig
-from lorikeet.data import Prepared, Renderer
+from lorikeet.data import Prepared, Renderer, Tokenizer
 from lorikeet.errors import AdapterError
 from lorikeet.evaluate import Sample, answer
 from lorikeet.lora import disabled
@@ -63,27 +63,28 @@ def load_subject(
         trust_remote_code=config.model.trust_remote_code,
     )
     if info and config.data.template == "auto":
-        config.data.template = _trained_template(info)
-    renderer = _renderer(base, config)
+        config.data.template = trained_template(info)
+    renderer = renderer_of(base.tokenizer, config)
     if info and adapter:
         _check_match(info, base, renderer, allow=allow_mismatch)
         load_adapter(base.model, adapter, tokenizer=base.tokenizer)
-        renderer = _renderer(base, config)  # the tokenizer may have learnt tokens
+        renderer = renderer_of(base.tokenizer, config)  # the tokenizer may have learnt tokens
         shift = logit_shift(base.model, renderer.prompt([{"role": "user", "content": PROBE}]))
         console.note(f"the adapter is applied: {shift}")
     return Subject(base, renderer, info)
 
 
-def _renderer(base: Base, config: RunConfig) -> Renderer:
+def renderer_of(tokenizer: Tokenizer, config: RunConfig) -> Renderer:
+    """The renderer that the section `data` asks for."""
     return Renderer(
-        base.tokenizer,
+        tokenizer,
         template=config.data.template,
         max_length=config.data.max_length,
         supervise=config.data.supervise,
     )
 
 
-def _trained_template(info: AdapterInfo) -> str:
+def trained_template(info: AdapterInfo) -> str:
     """The built-in template that the adapter was trained with; `auto` for a file of the user's."""
     name = info.provenance.get("template", "auto")
     return name if name in ("chat", "instruction-response", "alpaca") else "auto"

@@ -1,0 +1,242 @@
+"""A model folder, perhaps with an adapter folded in, as one GGUF file.
+
+Tensor by tensor and block by block: read, sum in float32, encode, write. What is held is a few
+blocks, or one tensor where llama.cpp wants its rows in another order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorikeet.adapters import Adapter
+from lorikeet.adapters.checkpoint import blocks_of
+from lorikeet.adapters.fold import Fold
+from lorikeet.adapters.vocabulary import require_tokens
+from lorikeet.errors import AdapterError, ModelError
+from lorikeet.export.chat import Chat
+from lorikeet.export.importance import Importance
+from lorikeet.export.layout import Layout, Placed, lay_out
+from lorikeet.export.vocabulary import vocabulary
+from lorikeet.gguf.blocks import encode
+from lorikeet.gguf.metadata import Field
+from lorikeet.gguf.mixture import Assigned, assign, file_type
+from lorikeet.gguf.write import Stored, write_gguf
+
+_QUANTIZATION_VERSION = 2  # of ggml's block formats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conversion:
+    """What is to be written, known before anything is.
+
+    Attributes:
+        kind: the file's type, as `--type` names it.
+        fold: the weights.
+        layout: which tensor goes where.
+        types: the block format of every tensor of the file, and which are not as the kind says.
+        metadata: the file's keys.
+        importance: of the columns of every weight, if the file is calibrated.
+    """
+
+    kind: str
+    fold: Fold
+    layout: Layout
+    types: Assigned
+    metadata: Mapping[str, Field]
+    importance: Importance | None
+
+    @staticmethod
+    def plan(
+        model: Path,
+        kind: str,
+        *,
+        adapter: Adapter | None = None,
+        tokenizer: Path | None = None,
+        importance: Importance | None = None,
+        chat: Chat | None = None,
+    ) -> Conversion:
+        """Look everything up.
+
+        Args:
+            model: the base's folder.
+            kind: one of `gguf.mixture.KINDS`.
+            adapter: what to fold in.
+            tokenizer: the adapter's folder, for an adapter with new tokens: its tokenizer takes the
+                place of the base's.
+            importance: what calibration found; None to weigh all columns alike.
+            chat: how the model is spoken to; None to leave that to its tokenizer's files.
+
+        Raises:
+            ModelError: the model's files are damaged, or GGUF has no place for what they hold.
+            AdapterError: the adapter does not fit.
+        """
+        fold = Fold.of(model, adapter)
+        layout = lay_out(fold.config, fold.shapes)
+        shapes = {placed.name: placed.shape for placed in layout.placed}
+        shapes |= {name: tuple(made.shape) for name, made in layout.made.items()}
+        types = assign(
+            kind,
+            list(shapes.items()),
+            architecture=layout.architecture,
+            layers=layout.layers,
+            heads=layout.heads,
+            kv_heads=layout.kv_heads,
+            importance=importance is not None,
+        )
+        metadata = dict(layout.metadata)
+        metadata["general.file_type"] = Field("u32", file_type(kind))
+        metadata["general.quantization_version"] = Field("u32", _QUANTIZATION_VERSION)
+        metadata |= importance.metadata() if importance else {}
+        metadata |= vocabulary(_tokenizer_folder(model, adapter, tokenizer), rows=layout.rows)
+        metadata |= chat.metadata(metadata) if chat else {}
+        return Conversion(kind, fold, layout, types, metadata, importance)
+
+    def tensors(self) -> dict[str, Stored]:
+        """Every tensor of the file, encoded when it is asked for."""
+        made = {name: _made(tensor) for name, tensor in self.layout.made.items()}
+        return made | {own.name: self._stored(own) for own in self.layout.placed}
+
+    def _stored(self, placed: Placed) -> Stored:
+        kind = self.types.types[placed.name]
+        return Stored(kind, placed.shape, lambda: self._encoded(placed))
+
+    def rows(self, placed: Placed) -> Iterator[Tensor]:
+        """A tensor of the file in blocks of rows, float32 and not encoded."""
+        blocks = self.fold.blocks(placed.source)
+        if placed.order is not None:
+            whole = torch.cat(list(blocks))
+            ranges = blocks_of(tuple(whole.shape))
+            blocks = (whole[placed.order[start:stop]] for start, stop in ranges)
+        for block in blocks:
+            yield block.float() + placed.added if placed.added else block.float()
+
+    def _encoded(self, placed: Placed) -> Iterator[Tensor]:
+        kind = self.types.types[placed.name]
+        weights = self.importance.of(placed.source) if self.importance else None
+        for rows in self.rows(placed):
+            try:
+                yield encode(kind, rows.reshape(-1, placed.shape[-1]), weights)
+            except ModelError as error:
+                raise ModelError(f"{placed.source} cannot be stored as {kind}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What an export has written.
+
+    Attributes:
+        out: the file.
+        kind: its type.
+        architecture: llama.cpp's name of it.
+        size: its bytes.
+        weights: how many weights it holds.
+        types: block formats, and how many tensors have each.
+        fallbacks: tensors whose rows are too short for the format that the kind asks for, with the
+            one that they have and the one that they would have had.
+        calibrated: whether an importance matrix was used.
+        seconds: how long it took.
+    """
+
+    out: Path
+    kind: str
+    architecture: str
+    size: int
+    weights: int
+    types: Mapping[str, int]
+    fallbacks: Mapping[str, tuple[str, str]]
+    calibrated: bool
+    seconds: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the whole file for every weight in it."""
+        return self.size * 8 / self.weights
+
+    def summary(self) -> dict[str, Any]:
+        """The figures as a JSON-ready dict."""
+        return {
+            "out": str(self.out),
+            "type": self.kind,
+            "architecture": self.architecture,
+            "bytes": self.size,
+            "weights": self.weights,
+            "bits_per_weight": self.bits_per_weight,
+            "tensors": dict(self.types),
+            "fallbacks": {name: list(pair) for name, pair in self.fallbacks.items()},
+            "calibrated": self.calibrated,
+            "seconds": self.seconds,
+        }
+
+
+@torch.no_grad()
+def export_gguf(
+    conversion: Conversion, out: Path, *, progress: Callable[[int, int], None] | None = None
+) -> Exported:
+    """Write the file, in one rename.
+
+    Args:
+        conversion: what to write.
+        out: the file; one that is there is replaced when the new one is complete.
+        progress: is told how many weights are written, and of how many.
+
+    Raises:
+        ModelError: a weight is not finite, or too large for its format.
+        StorageError: the disk refused a write. On every error `out` stays as it was.
+    """
+    started = time.monotonic()
+    tensors = conversion.tensors()
+    sizes = {name: _count(stored.shape) for name, stored in tensors.items()}
+    done = 0
+
+    def count(name: str) -> None:
+        nonlocal done
+        done += sizes[name]
+        if progress:
+            progress(done, sum(sizes.values()))
+
+    write_gguf(out, conversion.metadata, tensors, written=count)
+    types = conversion.types
+    return Exported(
+        out=out,
+        kind=conversion.kind,
+        architecture=conversion.layout.architecture,
+        size=out.stat().st_size,
+        weights=sum(sizes.values()),
+        types=dict(Counter(types.types.values()).most_common()),
+        fallbacks={name: (types.types[name], meant) for name, meant in types.fallbacks.items()},
+        calibrated=conversion.importance is not None,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _tokenizer_folder(model: Path, adapter: Adapter | None, folder: Path | None) -> Path:
+    """Where the tokenizer is: with the model, or with an adapter that has made it grow.
+
+    Raises:
+        AdapterError: the adapter's folder has no tokenizer that knows its new tokens.
+    """
+    if adapter is None or not adapter.vocabulary:
+        return model
+    if folder is None:
+        raise AdapterError("the adapter brings new tokens: the folder with its tokenizer is needed")
+    require_tokens(folder, adapter.vocabulary)
+    return folder
+
+
+def _made(tensor: Tensor) -> Stored:
+    return Stored("F32", tuple(tensor.shape), lambda: [encode("F32", tensor.reshape(1, -1))])
+
+
+def _count(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

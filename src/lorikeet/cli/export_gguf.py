@@ -12,6 +12,7 @@ from lorikeet.cli.gguf_file import (
     add_file_arguments,
     check_file_arguments,
     make,
+    plan,
     require_sound,
     show,
 )
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if args.adapter_only:
         return _adapter_only(args, out)
     check_file_arguments(args)
-    made = make(args, out)
+    made = make(args, plan(args), out)
     if args.json:
         console.out.print_json(json.dumps(made.summary()))
     else:

@@ -28,6 +28,25 @@ _CALIBRATION_ROWS = 128
 _CALIBRATION_TOKENS = 512  # of a piece, as llama-imatrix has it
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """What is to be made.
+
+    Attributes:
+        config: the options.
+        base: the base's folder.
+        conversion: what goes into the file.
+        renderer: how the model is spoken to.
+        subject: base and adapter in memory, where something is to be measured.
+    """
+
+    config: RunConfig
+    base: Path
+    conversion: Conversion
+    renderer: Renderer
+    subject: Subject | None
+
+
 @dataclass(frozen=True, slots=True)
 class Made:
     """A file, and what was found out about it.
@@ -35,14 +54,12 @@ class Made:
     Attributes:
         exported: the file.
         chain: what --verify found, or None.
-        notes: what llama.cpp does in another way, for the user to read.
-        renderer: how the model is spoken to.
+        notes: what will run in another way than here, for the user to read.
     """
 
     exported: Exported
     chain: Chain | None
     notes: tuple[str, ...]
-    renderer: Renderer
 
     def summary(self) -> dict[str, Any]:
         """The figures as a JSON-ready dict."""
@@ -144,8 +161,8 @@ def _show_file(exported: Exported) -> None:
         )
 
 
-def make(args: argparse.Namespace, out: Path) -> Made:
-    """Convert, and verify if that was asked for."""
+def plan(args: argparse.Namespace) -> Job:
+    """Read what the flags name, calibrate, and look everything up; nothing is written."""
     config = read_config(args)
     from lorikeet.adapters import read_adapter
     from lorikeet.cli.subject import adapter_folder
@@ -162,10 +179,15 @@ def make(args: argparse.Namespace, out: Path) -> Made:
         check_base(base, adapter, config, allow=args.allow_mismatch)
     renderer = subject.renderer if subject else _renderer(config, base, folder, adapter)
     importance = _importance(args, config, subject) if subject and args.calibrate else None
-    conversion = _plan(args, base, folder, adapter, renderer, importance)
-    exported = _write(conversion, out)
-    chain = _verify(args, config, conversion, out, subject) if subject and args.verify else None
-    return Made(exported, chain, conversion.layout.notes, renderer)
+    conversion = _conversion(args, base, folder, adapter, renderer, importance)
+    return Job(config, base, conversion, renderer, subject)
+
+
+def make(args: argparse.Namespace, job: Job, out: Path) -> Made:
+    """Write the file, and verify it if that was asked for."""
+    exported = _write(job.conversion, out)
+    chain = _verify(args, job, job.subject, out) if job.subject and args.verify else None
+    return Made(exported, chain, job.conversion.layout.notes)
 
 
 def _renderer(
@@ -211,7 +233,7 @@ def _importance(args: argparse.Namespace, config: RunConfig, subject: Subject) -
         )
 
 
-def _plan(
+def _conversion(
     args: argparse.Namespace,
     base: Path,
     folder: Path | None,
@@ -247,18 +269,15 @@ def _write(conversion: Conversion, out: Path) -> Exported:
         return export_gguf(conversion, out, progress=show_progress)
 
 
-def _verify(
-    args: argparse.Namespace, config: RunConfig, conversion: Conversion, out: Path, subject: Subject
-) -> Chain:
+def _verify(args: argparse.Namespace, job: Job, subject: Subject, out: Path) -> Chain:
     from lorikeet.export.chain import check_chain
     from lorikeet.export.llama_cpp import find
 
-    compared = material(config, subject, prompts=args.prompts)
     return check_chain(
-        conversion,
+        job.conversion,
         out,
         subject.base.model,
-        compared,
+        material(job.config, subject, prompts=args.prompts),
         adapted=subject.adapter is not None,
         llama_cpp=find() is not None,
         kl=args.tolerance_kl,

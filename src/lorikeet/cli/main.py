@@ -28,6 +28,9 @@ VERBS = {
     "adapter combine": "sum, subtract, scale or merge adapters into one",
     "adapter normalize": "rewrite an adapter as plain LoRA that every runtime scales alike",
     "adapter merge": "write a model with an adapter folded into its weights",
+    "export gguf": "a model, or base and adapter, as one file for llama.cpp, with proof",
+    "export hf": "the merged model folder (the same as adapter merge)",
+    "export ollama": "a folder for `ollama create`: the GGUF file and its Modelfile",
     "adapter push": "upload an adapter to the Hugging Face hub",
 }
 

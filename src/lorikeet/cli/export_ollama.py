@@ -1,0 +1,89 @@
+"""`lorikeet export ollama`: a folder that `ollama create` makes a model of."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from lorikeet import console
+from lorikeet.cli.gguf_file import (
+    Job,
+    add_file_arguments,
+    check_file_arguments,
+    make,
+    plan,
+    require_sound,
+    show,
+)
+from lorikeet.errors import ConfigError, ModelError
+
+_MODELFILE = "Modelfile"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    add_file_arguments(parser)
+    parser.add_argument("--out", metavar="DIR", required=True, help="the new folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, translate the chat template; with --verify also compare."""
+    check_file_arguments(args)
+    out = Path(args.out)
+    _check_place(out)
+    from lorikeet.export.modelfile import modelfile
+    from lorikeet.files import atomic_folder
+
+    job = plan(args)
+    adds_bos = job.conversion.metadata.get("tokenizer.ggml.add_bos_token")
+    name = f"model-{args.type}.gguf"
+    described = modelfile(
+        name,
+        job.renderer,
+        adds_bos=bool(adds_bos and adds_bos.value),
+        generation=_generation(job),
+    )
+    with atomic_folder(out) as draft:
+        made = make(args, job, draft / name)
+        (draft / _MODELFILE).write_text(described.text, encoding="utf-8")
+    made = replace(
+        made,
+        exported=replace(made.exported, out=out / name),
+        notes=(*made.notes, *described.notes),
+    )
+    if args.json:
+        found = {**made.summary(), "modelfile": str(out / _MODELFILE)}
+        console.out.print_json(json.dumps(found))
+    else:
+        show(made)
+        console.out.print(f"ollama create NAME -f {out / _MODELFILE}", markup=False)
+    require_sound(made)
+    return 0
+
+
+def _check_place(out: Path) -> None:
+    """Refuse to replace anything that is not an earlier export.
+
+    Raises:
+        ConfigError: there is something else.
+    """
+    entries = list(out.iterdir()) if out.is_dir() else [out] if out.exists() else []
+    earlier = (out / _MODELFILE).is_file() and not any(entry.is_dir() for entry in entries)
+    if entries and not earlier:
+        raise ConfigError(f"{out} exists and is not an earlier export; choose another folder")
+
+
+def _generation(job: Job) -> dict[str, object]:
+    """The base's generation_config.json, if it has one."""
+    path = job.base / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} must hold an object, found a {type(found).__name__}")
+    return found

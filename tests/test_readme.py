@@ -33,9 +33,12 @@ def test_every_command_parses() -> None:
     from importlib import import_module
 
     text = README.replace("\\\n", " ")
-    commands = re.findall(r"^lorikeet +(adapter \w+|\w+) ?(.*)$", text, flags=re.MULTILINE)
+    commands = re.findall(
+        r"^lorikeet +((?:adapter|export) +\w+|\w+) ?(.*)$", text, flags=re.MULTILINE
+    )
     assert len(commands) >= 6
-    for verb, rest in commands:
+    for words, rest in commands:
+        verb = " ".join(words.split())
         assert verb in VERBS
         parser = Parser(prog=verb)
         import_module(f"lorikeet.cli.{verb.replace(' ', '_')}").add_arguments(parser)

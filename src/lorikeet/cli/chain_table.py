@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING
 
 from lorikeet import console
-from lorikeet.evaluate.score import Z95
 
 if TYPE_CHECKING:
     from lorikeet.evaluate import Score
@@ -49,6 +48,8 @@ def _cells(link: Link) -> list[str]:
 
 
 def _perplexity(score: Score) -> str:
+    from lorikeet.evaluate.score import Z95
+
     digits = 4 if score.perplexity < 100 else 1
     if score.nll_stderr is None:
         return f"{score.perplexity:,.{digits}f}"

@@ -107,8 +107,21 @@ def test_zeros_and_constants_survive(name: str) -> None:
 def test_weights_that_are_not_finite_are_refused(name: str, value: float) -> None:
     broken = rows()
     broken[3, 77] = value
-    with pytest.raises(ModelError, match=f"row 3, column 77 .*{name} cannot hold it"):
+    with pytest.raises(ModelError, match=f"row 3, column 77: {name} cannot hold -?(nan|inf)"):
         encode(name, broken)
+
+
+def test_a_refusal_in_another_thread_arrives() -> None:
+    broken, threads = rows(1400, 1024), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for row in (3, 700, 1399):
+            broken[row, 5] = float("nan")
+            with pytest.raises(ModelError, match=f"row {row}, column 5"):
+                encode("Q4_K", broken)
+            broken[row, 5] = 0
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", [name for name in TYPES if name != "F32"])

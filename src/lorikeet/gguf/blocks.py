@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
@@ -19,9 +19,9 @@ from lorikeet.errors import ModelError
 from lorikeet.gguf import kblocks, kquants, simple
 from lorikeet.gguf.scratch import Bytes, Floats, Scratch, in_chunks
 
-_CHUNK = 131072
-"""Weights that a thread works on at a time: the search holds five arrays of them, 2.6 MB. Less
-would stay nearer to the processor, but the calls themselves would weigh more."""
+_CHUNK = 262144
+"""Weights that a thread works on at a time: the search holds five arrays of them, 5 MB. Less would
+stay nearer to the processor, but threads would mostly hand each other the interpreter."""
 
 _LARGEST = 1e9
 """More than any type of blocks holds; beyond it the searches' sums overflow."""
@@ -126,12 +126,8 @@ def encode(name: str, rows: Tensor, importance: Tensor | None = None) -> Tensor:
     """
     size = row_bytes(name, rows.shape[1])
     weights = rows.detach().to(device="cpu", dtype=torch.float32).contiguous()
-    if not math.isfinite(_magnitude(weights)):
-        raise ModelError(f"{_where(weights)}: a weight is not finite, {name} cannot hold it")
     if name in _FLOATS:
         return _encode_floats(name, weights)
-    if _magnitude(weights) > _LARGEST:
-        raise _too_large(name, weights)
     out = torch.empty(len(weights), size, dtype=torch.uint8)
     columns = None if importance is None else _checked(importance, rows.shape[1])
     _encode_blocks(name, weights.numpy(), columns, out.numpy())
@@ -160,7 +156,7 @@ def decode(name: str, data: Tensor) -> Tensor:
     def work(chunk: slice, _: Scratch) -> None:
         target[chunk] = _DECODERS[name](source[chunk])
 
-    in_chunks(len(source), max(1, _CHUNK // kind.weights), work)
+    in_chunks(len(source), _CHUNK // kind.weights, work, threads=1)
     return out
 
 
@@ -171,23 +167,10 @@ def _known(name: str) -> BlockType:
     return kind
 
 
-def _magnitude(rows: Tensor) -> float:
-    """The largest; not finite if any is not."""
-    if not rows.numel():
-        return 0.0
-    low, high = torch.aminmax(rows)  # a NaN becomes both
-    return float(torch.maximum(-low, high))
-
-
-def _where(rows: Tensor) -> str:
-    row, column = torch.nonzero(~torch.isfinite(rows))[0].tolist()
-    return f"row {row}, column {column} ({rows[row, column].item()})"
-
-
 def _encode_floats(name: str, rows: Tensor) -> Tensor:
     cast = rows.to(_FLOATS[name])
-    if not math.isfinite(_magnitude(cast)):
-        raise _too_large(name, rows)
+    if not torch.isfinite(cast).all():
+        raise _refused(name, rows.numpy())
     return (cast.clone() if cast is rows else cast).view(torch.uint8)
 
 
@@ -198,7 +181,7 @@ def _checked(importance: Tensor, width: int) -> Floats:
             f"importance of shape {list(columns.shape)} for rows of {width} weights:"
             " one number per column is expected"
         )
-    if not math.isfinite(_magnitude(columns)) or bool((columns < 0).any()):
+    if not bool((torch.isfinite(columns) & (columns >= 0)).all()):
         raise ModelError("importance that is negative or not finite: measure it again")
     return columns.numpy()
 
@@ -208,16 +191,33 @@ def _encode_blocks(name: str, rows: Floats, importance: Floats | None, out: Byte
     kind, encoder = TYPES[name], _ENCODERS[name]
 
     def work(chunk: slice, scratch: Scratch) -> None:
+        if not _magnitude(rows[chunk]) <= _LARGEST:
+            raise _refused(name, rows)
         encoder(rows[chunk], importance, out[chunk], scratch)
         blocks = out[chunk].reshape(-1, kind.bytes)
         if any((blocks[:, at + 1] & 0x7C == 0x7C).any() for at in _FACTORS[name]):
-            raise _too_large(name, torch.from_numpy(rows[chunk]))
+            raise _refused(name, rows)
 
-    in_chunks(len(rows), max(1, _CHUNK // rows.shape[1]), work)
+    searching = kind.weights > simple.WEIGHTS or importance is not None
+    threads = torch.get_num_threads() if searching else 1  # without a search memory is the limit
+    in_chunks(len(rows), max(1, _CHUNK // rows.shape[1]), work, threads=threads)
 
 
-def _too_large(name: str, rows: Tensor) -> ModelError:
+def _magnitude(rows: Floats) -> float:
+    """The largest, or NaN if there is one."""
+    return float(np.maximum(rows.max(), -rows.min()))
+
+
+def _refused(name: str, rows: Floats) -> ModelError:
+    """What is wrong with weights that do not fit a type."""
+    wrong = np.argwhere(~np.isfinite(rows))
+    if len(wrong):
+        row, column = wrong[0]
+        return ModelError(
+            f"row {row}, column {column}: {name} cannot hold {rows[row, column]}:"
+            " the weights are damaged, or training diverged"
+        )
     return ModelError(
-        f"weights as large as {_magnitude(rows):.3g} do not fit {name}: choose a type of"
-        " more range (bf16, f32), or look for what made them so large"
+        f"weights as large as {_magnitude(rows):.3g} do not fit {name}: choose a type of more range"
+        " (bf16, f32), or look for what made them so large"
     )

@@ -9,7 +9,6 @@ from threading import Lock
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float32]
@@ -41,14 +40,16 @@ class Scratch:
         return held[:size].reshape(shape)
 
 
-def in_chunks(count: int, size: int, work: Callable[[slice, Scratch], None]) -> None:
-    """Call `work` for slices of `size` that cover 0 .. count, on as many threads as torch uses.
+def in_chunks(
+    count: int, size: int, work: Callable[[slice, Scratch], None], *, threads: int
+) -> None:
+    """Call `work` for slices of `size` that cover 0 .. count.
 
     Each slice is done by one thread from start to end, so the result does not depend on how many
     there are. numpy lets other threads run while it computes.
     """
     slices = (slice(begin, min(begin + size, count)) for begin in range(0, count, size))
-    threads = min(torch.get_num_threads(), -(-count // size))
+    threads = min(threads, -(-count // size))
     if threads < 2:
         _take_all(slices, work)
         return

@@ -189,6 +189,13 @@ def test_no_tokenizer(folder: Path) -> None:
         load_tokenizer(folder)
 
 
+def test_a_tokenizer_without_a_model(folder: Path) -> None:
+    """As in the folder of an adapter with new tokens."""
+    before = load_tokenizer(folder).get_vocab()
+    (folder / "config.json").unlink()
+    assert load_tokenizer(folder).get_vocab() == before
+
+
 @pytest.mark.parametrize(
     "content", ["{", "[]", '"x"', '{"model_type": "no-such-model"}', "{}", '{"model_type": 5}']
 )

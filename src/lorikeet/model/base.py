@@ -120,16 +120,19 @@ def load_tokenizer(
 ) -> Any:
     """Load a model's tokenizer without its weights.
 
+    The folder may hold no more than a tokenizer, as an adapter's with new tokens does.
+
     Raises:
         ModelError: there is no such folder, or it holds no tokenizer.
     """
     source = str(path)
+    alone = (Path(source) / "tokenizer.json").is_file()
     return _load_tokenizer(
         source,
         {
             "revision": revision,
             "trust_remote_code": trust_remote_code,
-            "local_files_only": _is_local(source),
+            "local_files_only": alone or _is_local(source),
         },
     )
 

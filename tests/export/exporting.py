@@ -1,0 +1,82 @@
+"""Folders of models with random weights, exports of folders, and what their weights compute."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from random_models import random_model
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lorikeet.export.convert import Conversion, export_gguf
+from lorikeet.export.layout import restored
+from lorikeet.gguf.read import GGUFFile, open_gguf
+from lorikeet.model import model_of
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def random_folder(folder: Path, config: PretrainedConfig, tokenizer: Path | Any) -> Path:
+    """A model with random weights in float32, and a tokenizer: another folder's, or an object."""
+    model = random_model(config)
+    if config.tie_word_embeddings:
+        make_decisive(model)
+    model.save_pretrained(str(folder))
+    if isinstance(tokenizer, Path):
+        for name in TOKENIZER_FILES:
+            if (tokenizer / name).exists():
+                shutil.copy(tokenizer / name, folder / name)
+    else:
+        tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+def make_decisive(model: PreTrainedModel) -> None:
+    """Let the layers decide, not the token that went in, whose logit a tied head raises."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight.normal_(std=0.2 * model.config.hidden_size**-0.5)
+        model.model.norm.weight.fill_(20.0)  # so that logits have a standard deviation of about 4
+
+
+def exported(folder: Path, kind: str, out: Path, **plan: Any) -> Conversion:
+    """Plan and write."""
+    conversion = Conversion.plan(folder, kind, **plan)
+    export_gguf(conversion, out)
+    return conversion
+
+
+def weights_in(conversion: Conversion, file: GGUFFile) -> Iterator[tuple[str, Tensor]]:
+    """A file's weights by the checkpoint's names, its rows where the checkpoint has them."""
+    for placed in conversion.layout.placed:
+        yield placed.source, restored(placed, file.rows(placed.name, 0, placed.shape[0]))
+
+
+def reread(conversion: Conversion, out: Path) -> Any:
+    """A transformers model of what our own reader finds in a file."""
+    fold = conversion.fold
+    return model_of(fold.base, weights_in(conversion, open_gguf(out)), changes=fold.changes)
+
+
+def texts_of(file: Path) -> Mapping[str, Any]:
+    """A file's metadata as plain values."""
+    return {name: field.value for name, field in open_gguf(file).metadata.items()}
+
+
+def divergence(p: Tensor, q: Tensor) -> float:
+    """KL(p || q) of logits [T, V] in nats, mean over T."""
+    log_p, log_q = (z.double().log_softmax(-1) for z in (p, q))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def spread(found: Tensor, expected: Tensor) -> float:
+    """The difference of logits beside their own spread, both as root mean squares."""
+    return float((found - expected).square().mean().sqrt() / expected.std())
+
+
+def random_ids(count: int, *, below: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, below, (count,), generator=generator).tolist()

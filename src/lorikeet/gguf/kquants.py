@@ -20,6 +20,7 @@ from lorikeet.gguf.search import (
     EPSILON,
     Affine,
     Steps,
+    Symmetric,
     added,
     affine,
     affine_codes,
@@ -59,7 +60,7 @@ def encode_q2(rows: Floats, importance: Floats | None, out: Bytes, scratch: Scra
     if importance is None:
         w = np.abs(x, out=scratch.floats("weights", *x.shape))
         found = affine(_flat(x), _flat(w), top=3, steps=_Q2_STEPS, scratch=scratch)
-        pair = _rounded(found, top=15)
+        pair = _rounded(found, x.shape[2], top=15)
     else:
         w = _weights(x, importance, scratch, share=256)
         found = affine(_flat(x), _flat(w), top=3, steps=_WEIGHTED_STEPS, scratch=scratch)
@@ -87,7 +88,7 @@ def _encode_32(
     if importance is None:
         w = _magnitudes(x, scratch)
         found = affine(_flat(x), _flat(w), top=top, steps=steps, scratch=scratch)
-        pair = _rounded(found, top=63)
+        pair = _rounded(found, x.shape[2], top=63)
     else:
         w = _weights(x, importance, scratch, share=128)
         found = affine(_flat(x), _flat(w), top=top, steps=_WEIGHTED_STEPS, scratch=scratch)
@@ -99,28 +100,35 @@ def encode_q3(rows: Floats, importance: Floats | None, out: Bytes, scratch: Scra
     """Q3_K: sub-blocks of 16 with scales of six bits, signed."""
     x = across(rows, 16, "x", scratch, 256)
     if importance is None:
-        scale, first = refined(_flat(x), top=4, scratch=scratch)
-        scale = scale.reshape(x.shape[1:])
-        largest = extreme(scale)[0]
-        inverse = np.float32(-32) / largest
-        scales = np.clip(np.rint(inverse * scale), -32, 31)
-        scales[:, largest == 0] = -32
-        d = np.where(largest != 0, 1 / inverse, np.float32(0))
+        first, scales, d = _q3_rounded(x, scratch)
     else:
-        w = _weights(x, importance, scratch, share=128)
-        found = symmetric(_flat(x), _flat(w), top=4, scratch=scratch)
-        scale, sums = found.scale.reshape(x.shape[1:]), added(w)
-        first = symmetric_codes(
-            _flat(x), found.inverse, top=4, out=scratch.floats("first", *_flat(x).shape)
-        )
-        first[:, found.empty] = -4
-        overall = symmetric(scale, sums, top=32, scratch=Scratch())
-        scales = symmetric_codes(scale, overall.inverse, top=32, out=np.empty_like(scale))
-        scales[:, overall.empty] = -32
-        d = overall.scale
-    d16 = d.astype(np.float16)
-    codes = _symmetric_again(x, first.reshape(x.shape), d16, scales, top=4, scratch=scratch)
-    kblocks.pack_q3(out.reshape(-1, 110), codes, (scales + 32).astype(np.uint8), d16)
+        first, scales, d = _q3_fitted(x, _weights(x, importance, scratch, share=128), scratch)
+    half = d.astype(np.float16)
+    codes = _symmetric_again(x, first, half, scales, top=4, scratch=scratch)
+    kblocks.pack_q3(out.reshape(-1, 110), codes, (scales + np.float32(32)).astype(np.uint8), half)
+
+
+def _q3_rounded(x: Floats, scratch: Scratch) -> tuple[Floats, Floats, Floats]:
+    """Codes [16, 16, B], scales [16, B] as 32nds of the largest, and their factor [B]."""
+    scale, codes = refined(_flat(x), top=4, scratch=scratch)
+    scale = scale.reshape(x.shape[1:])
+    largest = extreme(scale)[0]
+    inverse = np.float32(-32) / largest
+    scales = np.clip(np.rint(inverse * scale), np.float32(-32), np.float32(31))
+    scales[:, largest == 0] = -32
+    d = np.where(largest != 0, 1 / inverse, np.float32(0))
+    return codes.reshape(x.shape), scales, d
+
+
+def _q3_fitted(x: Floats, w: Floats, scratch: Scratch) -> tuple[Floats, Floats, Floats]:
+    """Codes [16, 16, B], scales [16, B] with the factor [B] that fits best under the weights."""
+    found = symmetric(_flat(x), _flat(w), top=4, scratch=scratch)
+    codes = _first(x, found, top=4, scratch=scratch)
+    scale = found.scale.reshape(x.shape[1:])
+    overall = symmetric(scale, added(w), top=32, scratch=Scratch())
+    scales = symmetric_codes(scale, overall.inverse, top=32, out=np.empty_like(scale))
+    scales[:, overall.empty] = -32
+    return codes, scales, overall.scale
 
 
 def encode_q6(rows: Floats, importance: Floats | None, out: Bytes, scratch: Scratch) -> None:
@@ -130,23 +138,25 @@ def encode_q6(rows: Floats, importance: Floats | None, out: Bytes, scratch: Scra
     if importance is not None:
         w = scratch.floats("weights", *x.shape)
         w.reshape(16, 16, len(rows), -1)[:] = _columns(importance, 16)
-        w = _flat(w)
-    found = symmetric(_flat(x), w, top=32, scratch=scratch)
+    found = symmetric(_flat(x), None if w is None else _flat(w), top=32, scratch=scratch)
+    first = _first(x, found, top=32, scratch=scratch)
     scale = found.scale.reshape(x.shape[1:])
     largest, most = extreme(scale)
     inverse = np.float32(-128) / largest
     scales = np.minimum(np.rint(inverse * scale), np.float32(127))
     d = (1 / inverse).astype(np.float16)
-    first = symmetric_codes(
-        _flat(x), found.inverse, top=32, out=scratch.floats("first", *_flat(x).shape)
-    )
-    first[:, found.empty] = -32
     nothing = most < EPSILON
-    scales[:, nothing] = 0
-    d[nothing] = 0
-    first.reshape(x.shape)[:, :, nothing] = -32
-    codes = _symmetric_again(x, first.reshape(x.shape), d, scales, top=32, scratch=scratch)
+    scales[:, nothing], d[nothing], first[:, :, nothing] = 0, 0, -32
+    codes = _symmetric_again(x, first, d, scales, top=32, scratch=scratch)
     kblocks.pack_q6(out.reshape(-1, 210), codes, scales.astype(np.int8), d)
+
+
+def _first(x: Floats, found: Symmetric, *, top: int, scratch: Scratch) -> Floats:
+    """The search's codes [n, J, B]; -top, which is stored as zero, in sub-blocks that are zero."""
+    codes = scratch.floats("first", *_flat(x).shape)
+    symmetric_codes(_flat(x), found.inverse, top=top, out=codes)
+    codes[:, found.empty] = -top
+    return codes.reshape(x.shape)
 
 
 def _flat(x: Floats) -> Floats:
@@ -183,9 +193,8 @@ def _weights(x: Floats, importance: Floats, scratch: Scratch, *, share: int) -> 
     return w
 
 
-def _rounded(found: Affine, *, top: int) -> _Pair:
-    """Scales and minima as `top`-ths of the largest."""
-    count = _blocks_of(found, top)
+def _rounded(found: Affine, count: int, *, top: int) -> _Pair:
+    """Scales and minima of `count` blocks as `top`-ths of the largest."""
     scales, d = _shares(found.scale.reshape(-1, count), top)
     mins, m = _shares(-found.low.reshape(-1, count), top)
     return _Pair(scales, mins, d, m)
@@ -206,10 +215,6 @@ def _fitted(found: Affine, w: Floats, *, top: int) -> _Pair:
     factors, codes = positive(both, np.concatenate((sums, sums), axis=1), top=top)
     whole, half = codes.astype(np.uint8), factors.astype(np.float16)
     return _Pair(whole[:, :count], whole[:, count:], half[:count], half[count:])
-
-
-def _blocks_of(found: Affine, top: int) -> int:
-    return len(found.scale) // (16 if top == 15 else 8)
 
 
 def _affine_again(x: Floats, found: Affine, pair: _Pair, *, top: int, scratch: Scratch) -> Bytes:

@@ -286,7 +286,7 @@ def positive(x: Floats, w: Floats, *, top: int) -> tuple[Floats, Floats]:
 
 
 def _squares(x: Floats, w: Floats, inverse: Floats, top: int) -> Floats:
-    """Σ w · (x - codes / inverse)² with the codes codes of `inverse`: [S]."""
+    """Σ w · (x - codes / inverse)² with the codes of `inverse`: [S]."""
     codes = np.minimum(np.rint(inverse * x), np.float32(top))
     difference = x - (1 / inverse) * codes
     return added(w * difference * difference)

@@ -20,18 +20,17 @@ from lorikeet.model import model_of
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def random_folder(folder: Path, config: PretrainedConfig, tokenizer: Path | Any) -> Path:
-    """A model with random weights in float32, and a tokenizer: another folder's, or an object."""
+def random_folder(
+    folder: Path, config: PretrainedConfig, tokenizer: Path, *, decisive: bool = True
+) -> Path:
+    """A model with random weights in float32, with another folder's tokenizer."""
     model = random_model(config)
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and decisive:
         make_decisive(model)
     model.save_pretrained(str(folder))
-    if isinstance(tokenizer, Path):
-        for name in TOKENIZER_FILES:
-            if (tokenizer / name).exists():
-                shutil.copy(tokenizer / name, folder / name)
-    else:
-        tokenizer.save_pretrained(str(folder))
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).exists():
+            shutil.copy(tokenizer / name, folder / name)
     return folder
 
 

@@ -125,7 +125,21 @@ class Conversion:
             try:
                 yield encode(kind, rows.reshape(-1, placed.shape[-1]), weights)
             except ModelError as error:
-                raise ModelError(f"{placed.source} cannot be stored as {kind}: {error}") from None
+                reason = self._not_finite(placed.source) or str(error)
+                raise ModelError(f"{placed.source} cannot be stored as {kind}: {reason}") from None
+
+    def _not_finite(self, source: str) -> str | None:
+        """Where in the folded tensor, not in a block of it, the first such number is."""
+        start = 0
+        for block in self.fold.blocks(source):
+            found = (~block.isfinite()).nonzero()
+            if len(found):
+                row, *column = found[0].tolist()
+                place = f"row {start + row}" + "".join(f", column {at}" for at in column)
+                value = float(block[tuple(found[0])])
+                return f"{place} is {value}: the weights are damaged, or training diverged"
+            start += len(block)
+        return None
 
 
 @dataclass(frozen=True, slots=True)

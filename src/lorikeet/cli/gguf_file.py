@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lorikeet.config import RunConfig
     from lorikeet.data import Renderer
     from lorikeet.export.chain import Chain
+    from lorikeet.export.chat import Chat
     from lorikeet.export.convert import Conversion, Exported
     from lorikeet.export.importance import Importance
 
@@ -137,7 +138,7 @@ def show(made: Made) -> None:
     """Print what was written, and what --verify found."""
     _show_file(made.exported)
     for note in made.notes:
-        console.note(note)
+        console.warn(note)
     if made.chain:
         show_chain(made.chain)
         if made.chain.spelling is None:
@@ -166,12 +167,13 @@ def plan(args: argparse.Namespace) -> Job:
     config = read_config(args)
     from lorikeet.adapters import read_adapter
     from lorikeet.cli.subject import adapter_folder
+    from lorikeet.export.convert import Conversion
 
     folder = adapter_folder(args.adapter)
     adapter = read_adapter(folder) if folder else None
     config.model.path = config.model.path or (adapter.base_model if adapter else "")
     config.require("model.path")
-    base = base_folder(config)
+    base, name = base_folder(config), Path(config.model.path).name
     subject = None
     if args.verify or args.calibrate:
         subject = exact_subject(config, base, folder, allow_mismatch=args.allow_mismatch)
@@ -179,7 +181,15 @@ def plan(args: argparse.Namespace) -> Job:
         check_base(base, adapter, config, allow=args.allow_mismatch)
     renderer = subject.renderer if subject else _renderer(config, base, folder, adapter)
     importance = _importance(args, config, subject) if subject and args.calibrate else None
-    conversion = _conversion(args, base, folder, adapter, renderer, importance)
+    conversion = Conversion.plan(
+        base,
+        args.type,
+        adapter=adapter,
+        tokenizer=folder,
+        importance=importance,
+        chat=_chat(adapter, renderer),
+        name=name,
+    )
     return Job(config, base, conversion, renderer, subject)
 
 
@@ -187,7 +197,7 @@ def make(args: argparse.Namespace, job: Job, out: Path) -> Made:
     """Write the file, and verify it if that was asked for."""
     exported = _write(job.conversion, out)
     chain = _verify(args, job, job.subject, out) if job.subject and args.verify else None
-    return Made(exported, chain, job.conversion.layout.notes)
+    return Made(exported, chain, job.conversion.notes)
 
 
 def _renderer(
@@ -233,27 +243,11 @@ def _importance(args: argparse.Namespace, config: RunConfig, subject: Subject) -
         )
 
 
-def _conversion(
-    args: argparse.Namespace,
-    base: Path,
-    folder: Path | None,
-    adapter: Adapter | None,
-    renderer: Renderer,
-    importance: Importance | None,
-) -> Conversion:
+def _chat(adapter: Adapter | None, renderer: Renderer) -> Chat | None:
+    """How the model is spoken to, if that is known: by its tokenizer, or an adapter's training."""
     from lorikeet.export.chat import Chat
-    from lorikeet.export.convert import Conversion
 
-    # A base without a template of its own is spoken to in no particular way.
-    known = adapter is not None or renderer.template.own
-    return Conversion.plan(
-        base,
-        args.type,
-        adapter=adapter,
-        tokenizer=folder,
-        importance=importance,
-        chat=Chat.of(renderer) if known else None,
-    )
+    return Chat.of(renderer) if adapter or renderer.template.own else None
 
 
 def _write(conversion: Conversion, out: Path) -> Exported:

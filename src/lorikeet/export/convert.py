@@ -6,6 +6,7 @@ blocks, or one tensor where llama.cpp wants its rows in another order.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFType, Keys
 from torch import Tensor
 
 from lorikeet.adapters import Adapter
@@ -24,7 +26,7 @@ from lorikeet.errors import AdapterError, ModelError
 from lorikeet.export.chat import Chat
 from lorikeet.export.importance import Importance
 from lorikeet.export.layout import Layout, Placed, lay_out
-from lorikeet.export.vocabulary import vocabulary
+from lorikeet.export.vocabulary import read_vocabulary
 from lorikeet.gguf.blocks import encode
 from lorikeet.gguf.metadata import Field
 from lorikeet.gguf.mixture import Assigned, assign, file_type
@@ -44,6 +46,7 @@ class Conversion:
         types: the block format of every tensor of the file, and which are not as the kind says.
         metadata: the file's keys.
         importance: of the columns of every weight, if the file is calibrated.
+        notes: what llama.cpp does in another way, for the user to read.
     """
 
     kind: str
@@ -52,6 +55,7 @@ class Conversion:
     types: Assigned
     metadata: Mapping[str, Field]
     importance: Importance | None
+    notes: tuple[str, ...]
 
     @staticmethod
     def plan(
@@ -62,6 +66,7 @@ class Conversion:
         tokenizer: Path | None = None,
         importance: Importance | None = None,
         chat: Chat | None = None,
+        name: str | None = None,
     ) -> Conversion:
         """Look everything up.
 
@@ -73,6 +78,7 @@ class Conversion:
                 place of the base's.
             importance: what calibration found; None to weigh all columns alike.
             chat: how the model is spoken to; None to leave that to its tokenizer's files.
+            name: what to call it; None for the folder's name.
 
         Raises:
             ModelError: the model's files are damaged, or GGUF has no place for what they hold.
@@ -91,13 +97,19 @@ class Conversion:
             kv_heads=layout.kv_heads,
             importance=importance is not None,
         )
-        metadata = dict(layout.metadata)
-        metadata["general.file_type"] = Field("u32", file_type(kind))
-        metadata["general.quantization_version"] = Field("u32", _QUANTIZATION_VERSION)
+        metadata = {
+            **layout.metadata,
+            Keys.General.TYPE: Field("str", GGUFType.MODEL),
+            **_named(name or model.name),
+            Keys.General.FILE_TYPE: Field("u32", file_type(kind)),
+            Keys.General.QUANTIZATION_VERSION: Field("u32", _QUANTIZATION_VERSION),
+        }
         metadata |= importance.metadata() if importance else {}
-        metadata |= vocabulary(_tokenizer_folder(model, adapter, tokenizer), rows=layout.rows)
+        words = read_vocabulary(_tokenizer_folder(model, adapter, tokenizer), rows=layout.rows)
+        metadata |= words.metadata
         metadata |= chat.metadata(metadata) if chat else {}
-        return Conversion(kind, fold, layout, types, metadata, importance)
+        limits = (f"llama.cpp gives other tokens to {limit}" for limit in words.limits)
+        return Conversion(kind, fold, layout, types, metadata, importance, (*layout.notes, *limits))
 
     def tensors(self) -> dict[str, Stored]:
         """Every tensor of the file, encoded when it is asked for."""
@@ -229,6 +241,16 @@ def export_gguf(
         calibrated=conversion.importance is not None,
         seconds=time.monotonic() - started,
     )
+
+
+def _named(name: str) -> dict[str, Field]:
+    """`general.name`, except where llama.cpp takes a name for more than that.
+
+    One with phi-3 in it makes it strip spaces and ask for four special tokens (llama-vocab.cpp).
+    """
+    if not name or re.search("phi-?3", name.lower()):
+        return {}
+    return {Keys.General.NAME: Field("str", name)}
 
 
 def _tokenizer_folder(model: Path, adapter: Adapter | None, folder: Path | None) -> Path:

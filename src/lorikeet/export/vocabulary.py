@@ -44,11 +44,6 @@ class Vocabulary:
     limits: tuple[str, ...]
 
 
-def vocabulary(folder: Path, *, rows: int) -> dict[str, Field]:
-    """The keys of a model folder's tokenizer; `read_vocabulary` tells the limits, too."""
-    return read_vocabulary(folder, rows=rows).metadata
-
-
 def read_vocabulary(folder: Path, *, rows: int) -> Vocabulary:
     """Describe a model folder's tokenizer.
 

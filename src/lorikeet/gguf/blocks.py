@@ -169,8 +169,8 @@ def _known(name: str) -> BlockType:
 
 def _encode_floats(name: str, rows: Tensor) -> Tensor:
     cast = rows.to(_FLOATS[name])
-    if not torch.isfinite(cast).all():
-        raise _refused(name, rows.numpy())
+    if cast.numel() and not all(torch.isfinite(end) for end in torch.aminmax(cast)):
+        raise _refused(name, rows.numpy())  # a NaN is the smallest and the largest
     return (cast.clone() if cast is rows else cast).view(torch.uint8)
 
 

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorikeet import console, starter
+from lorikeet.cli import export_gguf
+from lorikeet.cli.gguf_file import check_file_arguments, make, plan, require_sound, show
 from lorikeet.cli.options import add_json
 from lorikeet.errors import ConfigError
 from lorikeet.files import write_json
 
 if TYPE_CHECKING:
+    from lorikeet.cli.gguf_file import Made
     from lorikeet.config import RunConfig
     from lorikeet.data import Turns
     from lorikeet.evaluate import Sample
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 STYLES = {"pirate": "answers as a pirate", "json": "answers in JSON"}
 _MARKER = "demo.json"
 _SHOWN = 3
+_VERIFIED = 64  # held-out rows of each adapter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,12 +49,19 @@ def run(args: argparse.Namespace) -> int:
         runs[style] = train_run(_config(style, out), label=style)
     console.note("\nanswering held-out prompts with the base and with each adapter ...")
     exact, samples = _ask(out)
-    found = {style: {**_figures(runs[style]), **exact[style]} for style in STYLES}
+    console.note("\nwriting each adapter with its base as a GGUF file, and verifying it ...")
+    made = {style: _export(style, out) for style in STYLES}
+    found = {
+        style: {**_figures(runs[style]), **exact[style], "export": made[style].summary()}
+        for style in STYLES
+    }
     write_json(out / _MARKER, {"runs": found, "samples": [s.summary() for s in samples]})
     if args.json:
         console.out.print_json((out / _MARKER).read_text(encoding="utf-8"))
     else:
-        _show(found, samples, out)
+        _show(found, made, samples, out)
+    for own in made.values():
+        require_sound(own)
     return 0
 
 
@@ -131,7 +142,25 @@ def _share_exact(answers: list[str], rows: list[Turns]) -> float:
     return sum(a == row.response for a, row in zip(answers, rows, strict=True)) / len(rows)
 
 
-def _show(found: dict[str, dict[str, Any]], samples: list[Sample], out: Path) -> None:
+def _export(style: str, out: Path) -> Made:
+    """`lorikeet export gguf --verify` on held-out rows."""
+    parser = argparse.ArgumentParser()
+    export_gguf.add_arguments(parser)
+    flags = {
+        "--adapter": out / style,
+        "--type": "q4_k_m",
+        "--out": out / f"{style}-q4_k_m.gguf",
+        "--data": starter.data(f"{style}-test"),
+        "--data.limit": _VERIFIED,
+    }
+    args = parser.parse_args(["--verify", *(str(word) for pair in flags.items() for word in pair)])
+    check_file_arguments(args)
+    return make(args, plan(args), Path(args.out))
+
+
+def _show(
+    found: dict[str, dict[str, Any]], made: dict[str, Made], samples: list[Sample], out: Path
+) -> None:
     columns = ["adapter", "perplexity: base", "LoRA", "exact: base", "LoRA", "seconds"]
     console.out.print()
     console.out.print(
@@ -146,10 +175,14 @@ def _show(found: dict[str, dict[str, Any]], samples: list[Sample], out: Path) ->
         )
     for sample in samples:
         console.show_sample(sample.prompt, sample.answers)
+    for own in made.values():
+        console.out.print()
+        show(own)
     console.out.print(
         f"""
 Both run folders are in {out}. Go on with them:
   lorikeet generate --adapter {out}/pirate --prompt "Count these: fig, drum, leaf."
+  lorikeet export ollama --adapter {out}/pirate --type q4_k_m --out for-ollama
   lorikeet eval     --adapter {out}/json --data {starter.data("json-test")}
   lorikeet train    {out}/pirate/config.yaml --lora.r 4 --out another-run""",
         markup=False,

@@ -3,13 +3,16 @@
 base -> adapter -> merged -> f16 -> the file's type, the last by our own reader and, where there is
 one, by a stock llama.cpp. All but llama.cpp run in float32 through the same forward pass, so that
 a difference is what a link's weights have lost.
+
+What a coarse type may lose would hide a fault, so the file is also compared with what it was made
+of (`held.py`), and llama.cpp with our own reading of the same file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +22,18 @@ from torch import Tensor, nn
 from lorikeet.adapters.safe import TORCH
 from lorikeet.data import Example, pack
 from lorikeet.export.convert import Conversion
+from lorikeet.export.held import misplaced, require_tensors
 from lorikeet.export.layout import restored
 from lorikeet.export.llama_cpp import LlamaCpp
-from lorikeet.export.tolerance import Tolerance, of_file, of_llama_cpp, tolerance_of
+from lorikeet.export.tolerance import Tolerance, of_file, of_llama_cpp, of_reading, tolerance_of
 from lorikeet.export.verify import Material, Verification, Way, run_by, verify
 from lorikeet.gguf.blocks import decode, encode
-from lorikeet.gguf.read import open_gguf
+from lorikeet.gguf.read import GGUFFile, open_gguf
 from lorikeet.lora import disabled
 from lorikeet.model import model_of
 
 _NEW_TOKENS = 32
+_LLAMA_CPP = "in llama.cpp"
 _CONTEXT = 64  # tokens that llama.cpp gets room for beside the longest document
 
 
@@ -87,15 +92,21 @@ class Chain:
         reference: the name of what every link is compared with: `adapter`, or `base` without one.
         links: the others, in order.
         spelling: how llama.cpp spells conversations; None without a llama.cpp.
+        misplaced: tensors of the file that are not what they were made of, a sentence part each.
+        reading: llama.cpp beside our own reading of the file; None without a llama.cpp.
     """
 
     reference: str
     links: tuple[Link, ...]
     spelling: Spelling | None
+    misplaced: tuple[str, ...] = ()
+    reading: Link | None = None
 
     def problems(self) -> list[str]:
         """Everything that is beyond its tolerance; empty if the file answers as it should."""
-        found = [problem for link in self.links for problem in link.problems()]
+        links = [*self.links, *([self.reading] if self.reading else [])]
+        found = [f"in the file {problem}" for problem in self.misplaced]
+        found += [problem for link in links for problem in link.problems()]
         return found + (self.spelling.problems() if self.spelling else [])
 
     def summary(self) -> dict[str, Any]:
@@ -112,6 +123,9 @@ class Chain:
                 }
                 for link in self.links
             ],
+            "misplaced": list(self.misplaced),
+            "reading": self.reading
+            and {"kl_mean": self.reading.found.kl_mean, "kl_p99": self.reading.found.kl_p99},
             "spelling": spelling
             and {"conversations": spelling.conversations, "equal": spelling.equal},
             "problems": self.problems(),
@@ -149,40 +163,62 @@ def check_chain(
         ModelError: the file cannot be read back, or llama.cpp does not load it.
     """
     stops = material.stop_ids
+    read = open_gguf(file)
+    require_tensors(conversion, read)
     reference = run_by(
         "adapter" if adapted else "base", model, stop_ids=stops, max_new_tokens=_NEW_TOKENS
     )
     tolerance = of_file(conversion.kind, kl=kl)
     opened: list[tuple[str, _Opening, Tolerance | None]] = []
 
-    def add(name: str, weights: Iterator[tuple[str, Tensor]], allowed: Tolerance) -> None:
-        opened.append((name, lambda: _weights_way(name, conversion, weights, stops), allowed))
+    def opening_of(name: str, weights: Callable[[], Iterator[tuple[str, Tensor]]]) -> _Opening:
+        return lambda: _weights_way(name, conversion, weights(), stops)
 
     if adapted:
         opened.append(("base", lambda: nullcontext(_without_adapter(reference, model)), None))
-        add(
-            "merged", _merged(conversion), tolerance_of(conversion.fold.dtypes(), arithmetic="fp32")
-        )
+        allowed = tolerance_of(conversion.fold.dtypes(), arithmetic="fp32")
+        opened.append(("merged", opening_of("merged", lambda: _merged(conversion)), allowed))
     if conversion.kind not in ("f32", "bf16", "f16"):
-        add("f16", _half(conversion), of_file("f16"))
-    add(conversion.kind, _in_file(conversion, file), tolerance)
+        opened.append(("f16", opening_of("f16", lambda: _half(conversion)), of_file("f16")))
+    in_file = opening_of(conversion.kind, lambda: _in_file(conversion, read))
+    opened.append((conversion.kind, in_file, tolerance))
     links = []
-    for name, opening, allowed in opened:
+    for name, opening, most in opened:
         starting(name)
         with opening() as way:
             found = verify(reference, way, material.examples, material.prompts)
-        links.append(Link(name, found, allowed))
-    spelling = None
-    if llama_cpp:
-        name = "in llama.cpp"
-        starting(name)
-        longest = max(map(len, [*(e.ids for e in material.examples), *material.prompts]))
-        with LlamaCpp(file, context=longest + _NEW_TOKENS + _CONTEXT) as other:
-            way = _llama_way(name, other, stops)
-            found = verify(reference, way, material.examples, material.prompts)
-            spelling = _spelling(other, material.texts)
-        links.append(Link(name, found, tolerance.plus(of_llama_cpp(conversion.kind))))
-    return Chain(reference.name, tuple(links), spelling)
+        links.append(Link(name, found, most))
+    chain = Chain(reference.name, tuple(links), None, tuple(misplaced(conversion, read)))
+    if not llama_cpp:
+        return chain
+    starting(_LLAMA_CPP)
+    most = tolerance.plus(of_llama_cpp(conversion.kind))
+    with in_file() as ours:
+        return _with_llama_cpp(chain, reference, ours, file, material, most, conversion.kind)
+
+
+def _with_llama_cpp(
+    chain: Chain,
+    reference: Way,
+    ours: Way,
+    file: Path,
+    material: Material,
+    tolerance: Tolerance,
+    kind: str,
+) -> Chain:
+    """The chain with llama.cpp as its last link, compared with our reading of the file too."""
+    longest = max(map(len, [*(e.ids for e in material.examples), *material.prompts]))
+    with LlamaCpp(file, context=longest + _NEW_TOKENS + _CONTEXT) as other:
+        way = _llama_way(_LLAMA_CPP, other, material.stop_ids)
+        found = verify(reference, way, material.examples, material.prompts)
+        beside = verify(ours, way, material.examples)
+        spelling = _spelling(other, material.texts)
+    return replace(
+        chain,
+        links=(*chain.links, Link(_LLAMA_CPP, found, tolerance)),
+        spelling=spelling,
+        reading=Link("llama.cpp beside our own reading of the file", beside, of_reading(kind)),
+    )
 
 
 def _without_adapter(way: Way, model: nn.Module) -> Way:
@@ -231,11 +267,10 @@ def _half(conversion: Conversion) -> Iterator[tuple[str, Tensor]]:
         yield placed.source, restored(placed, whole)
 
 
-def _in_file(conversion: Conversion, file: Path) -> Iterator[tuple[str, Tensor]]:
+def _in_file(conversion: Conversion, file: GGUFFile) -> Iterator[tuple[str, Tensor]]:
     """The weights as a file has them, by our own reader."""
-    opened = open_gguf(file)
     for placed in conversion.layout.placed:
-        yield placed.source, restored(placed, opened.rows(placed.name, 0, placed.shape[0]))
+        yield placed.source, restored(placed, file.rows(placed.name, 0, placed.shape[0]))
 
 
 def _llama_way(name: str, llama: LlamaCpp, stops: Collection[int]) -> Way:

@@ -16,8 +16,9 @@ from lorikeet.cli.gguf_file import (
     require_sound,
     show,
 )
-from lorikeet.cli.options import read_config
+from lorikeet.cli.options import given, read_config
 from lorikeet.errors import ConfigError
+from lorikeet.files import disk_errors
 
 _ADAPTER_TYPES = ("f32", "f16")
 
@@ -36,8 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert; with --verify also compare, and fail if the file is another model."""
     out = Path(args.out)
-    if out.is_dir():
-        raise ConfigError(f"--out: {out} is a folder; expected the name of a file, such as x.gguf")
+    _check_place(out)
     if args.adapter_only:
         return _adapter_only(args, out)
     check_file_arguments(args)
@@ -50,11 +50,34 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_place(out: Path) -> None:
+    """Nothing but a GGUF file is replaced.
+
+    Raises:
+        ConfigError: something else is there.
+    """
+    from lorikeet.gguf.read import MAGIC
+
+    if out.is_dir():
+        raise ConfigError(f"--out: {out} is a folder; expected the name of a file, such as x.gguf")
+    if not out.is_file():
+        return
+    with disk_errors(out), out.open("rb") as file:
+        begins = file.read(len(MAGIC))
+    if begins not in (MAGIC, b""):
+        raise ConfigError(
+            f"--out: {out} is there and is no GGUF file; choose another name, or remove it first"
+        )
+
+
 def _adapter_only(args: argparse.Namespace, out: Path) -> int:
     """Write the adapter's factors alone."""
     kind = (args.type or "f16").lower()
-    others = {"--verify": args.verify, "--calibrate": args.calibrate, "--prompts": args.prompts}
-    problems = [f"{flag} does not go with --adapter-only" for flag, on in others.items() if on]
+    idle = ["--verify"] * args.verify
+    for name in ("calibrate", "calibrate_rows", "prompts", "tolerance_kl"):
+        idle += [f"--{name.replace('_', '-')}"] * (getattr(args, name) is not None)
+    idle += [f"--{name}" for name in given(args) if name.startswith("data.")]
+    problems = [f"{flag} does not go with --adapter-only" for flag in idle]
     if kind not in _ADAPTER_TYPES:
         problems.append(f"--type: an adapter alone is stored as f16 or f32, found {kind}")
     if not args.adapter:

@@ -107,7 +107,7 @@ def check_file_arguments(args: argparse.Namespace) -> None:
     from lorikeet.gguf.mixture import KINDS
 
     args.type = (args.type or "q4_k_m").lower()
-    problems = verify_problems(args)
+    problems = verify_problems(args, used=["data.template"])
     if args.type not in KINDS:
         problems.append(f"--type: expected one of {', '.join(KINDS)}, found {args.type}")
     if args.calibrate_rows is not None and args.calibrate is None:
@@ -187,7 +187,7 @@ def plan(args: argparse.Namespace) -> Job:
         adapter=adapter,
         tokenizer=folder,
         importance=importance,
-        chat=_chat(adapter, renderer),
+        chat=_chat(adapter, renderer, config),
         name=name,
     )
     return Job(config, base, conversion, renderer, subject)
@@ -243,11 +243,12 @@ def _importance(args: argparse.Namespace, config: RunConfig, subject: Subject) -
         )
 
 
-def _chat(adapter: Adapter | None, renderer: Renderer) -> Chat | None:
-    """How the model is spoken to, if that is known: by its tokenizer, or an adapter's training."""
+def _chat(adapter: Adapter | None, renderer: Renderer, config: RunConfig) -> Chat | None:
+    """How the model is spoken to, if its tokenizer, an adapter's training or the user says so."""
     from lorikeet.export.chat import Chat
 
-    return Chat.of(renderer) if adapter or renderer.template.own else None
+    known = adapter or renderer.template.own or config.data.template != "auto"
+    return Chat.of(renderer) if known else None
 
 
 def _write(conversion: Conversion, out: Path) -> Exported:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,12 +37,12 @@ def add_verify(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
-def verify_problems(args: argparse.Namespace, *, data_idle: bool = True) -> list[str]:
+def verify_problems(args: argparse.Namespace, *, used: Collection[str] = ()) -> list[str]:
     """What does not hold about these flags.
 
     Args:
         args: the parsed flags.
-        data_idle: whether the section `data` serves nothing but `--verify`.
+        used: options of the section `data` that serve more than `--verify`.
     """
     problems = []
     if args.prompts is not None and args.prompts < 0:
@@ -49,7 +50,8 @@ def verify_problems(args: argparse.Namespace, *, data_idle: bool = True) -> list
     if args.tolerance_kl is not None and not args.tolerance_kl >= 0:
         problems.append(f"--tolerance-kl: expected a number from 0 on, found {args.tolerance_kl}")
     if not args.verify:
-        idle = [f"--{name}" for name in given(args) if data_idle and name.startswith("data.")]
+        others = set(given(args)) - set(used)
+        idle = [f"--{name}" for name in sorted(others) if name.startswith("data.")]
         idle += ["--prompts"] * (args.prompts is not None)
         idle += ["--tolerance-kl"] * (args.tolerance_kl is not None)
         problems += [f"{flag} does nothing without --verify" for flag in idle]

@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from random_models import random_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import (
+    GemmaConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
+from lorikeet.adapters import Adapter, Update
 from lorikeet.export.convert import Conversion, export_gguf
 from lorikeet.export.layout import restored
 from lorikeet.gguf.read import GGUFFile, open_gguf
 from lorikeet.model import model_of
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 1024,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+FAMILIES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "llama tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "gemma": GemmaConfig(**SIZES, head_dim=32),
+}
+"""Of the embedded model's vocabulary."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -79,3 +104,36 @@ def spread(found: Tensor, expected: Tensor) -> float:
 def random_ids(count: int, *, below: int, seed: int = 0) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, below, (count,), generator=generator).tolist()
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    path = folder / "model.safetensors"
+    state = change({name: t.clone() for name, t in load_file(path).items()})
+    path.unlink()
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def copied(folder: Path, to: Path) -> Path:
+    to.mkdir()
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return {name: t.float() for name, t in load_file(folder / "model.safetensors").items()}
+
+
+def random_adapter(*, scale: float = 2.0) -> Adapter:
+    """Of q_proj, whose rows move, and down_proj."""
+    torch.manual_seed(4)
+    sizes = {"self_attn.q_proj": (64, 64), "mlp.down_proj": (64, 96)}
+    return Adapter(
+        {
+            f"model.layers.{layer}.{leaf}": Update(
+                torch.randn(4, fan_in) * 0.1, torch.randn(out, 4) * 0.1, scale
+            )
+            for layer in range(2)
+            for leaf, (out, fan_in) in sizes.items()
+        }
+    )

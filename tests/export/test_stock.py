@@ -197,5 +197,5 @@ def test_greedy_answers_of_real_widths(name: str, folders: Folders, tmp_path: Pa
 def check_greedy(name: str, folder: Path, out: Path, *, count: int, most: int) -> None:
     prompts = [random_ids(9 + i, below=500, seed=i) for i in range(count)]
     ours, theirs = answers(folder, prompts, most, out)
-    assert len({token for continuation in ours for token in continuation}) > 12
+    assert len({token for continuation in ours for token in continuation}) >= most // 2
     assert theirs == ours

@@ -11,6 +11,8 @@ import pytest
 import torch
 from exporting import (
     FAMILIES,
+    copied,
+    edit,
     exported,
     random_adapter,
     random_ids,
@@ -28,7 +30,7 @@ from lorikeet.adapters import read_adapter, save_adapter
 from lorikeet.adapters.merge import merge
 from lorikeet.config import LoraConfig
 from lorikeet.data import Example
-from lorikeet.errors import AdapterError
+from lorikeet.errors import AdapterError, ModelError
 from lorikeet.export.convert import Conversion, export_gguf
 from lorikeet.export.importance import Importance, measure_importance
 from lorikeet.export.llama_cpp import LlamaCpp, find
@@ -226,6 +228,22 @@ def test_calibration_moves_bytes_where_the_format_searches(tmp_path: Path) -> No
     assert said(calibrated)["quantize.imatrix.chunks_count"] == 1
     assert said(calibrated)["quantize.imatrix.entries_count"] == 28
     assert "quantize.imatrix.file" not in said(plain)
+
+
+def test_a_base_models_names(tmp_path: Path) -> None:
+    """Without the prefix `model.` the file is the same, and calibration counts as well."""
+    bare = copied(starter.folder(), tmp_path / "bare")
+    edit(bare, lambda state: {n.removeprefix("model."): t for n, t in state.items()})
+    columns = importance()
+    for kind, given in (("q8_0", None), ("q3_k_m", None), ("q3_k_m", columns)):
+        for folder, out in ((bare, "a"), (starter.folder(), "b")):
+            exported(folder, kind, tmp_path / out, importance=given, name="x")
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_calibration_of_another_model(bases: Bases, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="14 of the 28 layers that were calibrated"):
+        Conversion.plan(bases("llama"), "q3_k_m", importance=importance())
 
 
 @pytest.mark.parametrize(("kind", "number"), [("f32", 0), ("f16", 1), ("q4_k_m", 15), ("q2_k", 10)])

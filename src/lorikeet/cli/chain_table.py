@@ -43,7 +43,7 @@ def _cells(link: Link) -> list[str]:
         f"{found.kl_mean:.1e}",
         "" if link.tolerance is None else f"{link.tolerance.kl:.0e}",
         f"{found.kl_p99:.1e}",
-        f"{found.agreeing:.0%}",
+        f"{found.agreeing:.0%}" if found.prompts else "",
     ]
 
 

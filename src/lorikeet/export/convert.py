@@ -104,7 +104,9 @@ class Conversion:
             Keys.General.FILE_TYPE: Field("u32", file_type(kind)),
             Keys.General.QUANTIZATION_VERSION: Field("u32", _QUANTIZATION_VERSION),
         }
-        metadata |= importance.metadata() if importance else {}
+        if importance:
+            _require_matches(importance, layout)
+            metadata |= importance.metadata()
         words = read_vocabulary(_tokenizer_folder(model, adapter, tokenizer), rows=layout.rows)
         metadata |= words.metadata
         metadata |= chat.metadata(metadata) if chat else {}
@@ -251,6 +253,20 @@ def _named(name: str) -> dict[str, Field]:
     if not name or re.search("phi-?3", name.lower()):
         return {}
     return {Keys.General.NAME: Field("str", name)}
+
+
+def _require_matches(importance: Importance, layout: Layout) -> None:
+    """Check that everything that calibration found is of a weight in the file.
+
+    Raises:
+        ModelError: it was measured on another model, or under other names.
+    """
+    matching = sum(importance.of(placed.source) is not None for placed in layout.placed)
+    if matching != len(importance.means):
+        raise ModelError(
+            f"{matching} of the {len(importance.means)} layers that were calibrated are in the"
+            " model's files under their names; export without calibration"
+        )
 
 
 def _tokenizer_folder(model: Path, adapter: Adapter | None, folder: Path | None) -> Path:

@@ -39,8 +39,12 @@ class Importance:
     source: str
 
     def of(self, weight: str) -> Tensor | None:
-        """The importance of a weight's columns, float32 [in]; None for a weight without one."""
-        return self.means.get(weight)
+        """The importance of a weight's columns, float32 [in]; None for a weight without one.
+
+        A base model's checkpoint names its weights without the prefix `model.`.
+        """
+        found = self.means.get(weight)
+        return self.means.get(f"model.{weight}") if found is None else found
 
     def metadata(self) -> dict[str, Field]:
         """The keys with which llama-quantize marks a file that was made with a matrix."""

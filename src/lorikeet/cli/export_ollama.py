@@ -20,6 +20,7 @@ from lorikeet.cli.gguf_file import (
 from lorikeet.errors import ConfigError, ModelError
 
 _MODELFILE = "Modelfile"
+_SHOWN = 4  # names in a message
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     job = plan(args)
     adds_bos = job.conversion.metadata.get("tokenizer.ggml.add_bos_token")
-    name = f"model-{args.type}.gguf"
+    name = _file_name(args.type)
     described = modelfile(
         name,
         job.renderer,
@@ -64,15 +65,30 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_place(out: Path) -> None:
-    """Refuse to replace anything that is not an earlier export.
+    """Refuse to replace anything but an earlier export: the folder is replaced as a whole.
 
     Raises:
         ConfigError: there is something else.
     """
-    entries = list(out.iterdir()) if out.is_dir() else [out] if out.exists() else []
-    earlier = (out / _MODELFILE).is_file() and not any(entry.is_dir() for entry in entries)
-    if entries and not earlier:
-        raise ConfigError(f"{out} exists and is not an earlier export; choose another folder")
+    from lorikeet.gguf.mixture import KINDS
+
+    if not out.is_dir():
+        if out.exists():
+            raise ConfigError(f"--out: {out} is a file; expected the name of a folder")
+        return
+    found = {entry.name for entry in out.iterdir()}
+    others = sorted(found - {_MODELFILE, *map(_file_name, KINDS)})
+    if others or (found and _MODELFILE not in found):
+        names = others or sorted(found)
+        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+        raise ConfigError(
+            f"--out: {out} is there and holds what is no earlier export ({shown}), which would be"
+            " lost; choose another folder"
+        )
+
+
+def _file_name(kind: str) -> str:
+    return f"model-{kind}.gguf"
 
 
 def _generation(job: Job) -> dict[str, object]:

@@ -214,12 +214,41 @@ def test_a_check_that_does_not_hold_keeps_the_folder(
     assert names(out) == ["Modelfile", "model-q2_k.gguf"]
 
 
+def test_what_cannot_be_exported_is_not_calibrated_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Running a model takes minutes: the message comes before."""
+    base = tmp_path / "base"
+    shutil.copytree(starter.folder(), base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    argv = ["--model", base, "--out", tmp_path / "o", "--calibrate", tmp_path / "nowhere.txt"]
+    code, _, said = call(capsys, *argv)
+    assert code == 2
+    assert "the activation function is relu" in said
+
+
+def test_threads_are_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_num_threads()
+    other = 2 if before == 1 else 1
+    argv = ["--model", starter.folder(), "--out", tmp_path / "o", "--type", "f16"]
+    try:
+        assert call(capsys, *argv, "--model.threads", other)[0] == 0
+        assert torch.get_num_threads() == other
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
         (["--type", "q9"], "--type: expected one of f32,"),
         (["--prompts", "3"], "--prompts does nothing without --verify"),
         (["--calibrate-rows", "3"], "--calibrate-rows does nothing without --calibrate"),
+        (["--model.dtype", "bf16"], "--model.dtype does nothing without --verify or --calibrate"),
+        (["--model.device", "cpu"], "--model.device does nothing without --verify"),
+        (["--fast", "off"], "--model.fast does nothing here"),
+        (["--verify", "--model.dtype", "bf16"], "--verify compares in fp32"),
         (["--adapter", "nowhere"], "there is no adapter in nowhere"),
         (["--model", "nowhere"], "there is no model folder nowhere"),
     ],

@@ -60,8 +60,10 @@ def _check_place(out: Path) -> None:
 
     if out.is_dir():
         raise ConfigError(f"--out: {out} is a folder; expected the name of a file, such as x.gguf")
-    if not out.is_file():
+    if not out.exists():
         return
+    if not out.is_file():
+        raise ConfigError(f"--out: {out} is no plain file, which alone can be replaced")
     with disk_errors(out), out.open("rb") as file:
         begins = file.read(len(MAGIC))
     if begins not in (MAGIC, b""):
@@ -77,6 +79,7 @@ def _adapter_only(args: argparse.Namespace, out: Path) -> int:
     for name in ("calibrate", "calibrate_rows", "prompts", "tolerance_kl"):
         idle += [f"--{name.replace('_', '-')}"] * (getattr(args, name) is not None)
     idle += [f"--{name}" for name in given(args) if name.startswith("data.")]
+    idle += [f"--model.{name}" for name in ("dtype", "fast") if f"model.{name}" in given(args)]
     problems = [f"{flag} does not go with --adapter-only" for flag in idle]
     if kind not in _ADAPTER_TYPES:
         problems.append(f"--type: an adapter alone is stored as f16 or f32, found {kind}")

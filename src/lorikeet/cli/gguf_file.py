@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lorikeet import console
 from lorikeet.cli.base_folder import base_folder, check_base
 from lorikeet.cli.chain_table import show_chain
-from lorikeet.cli.options import add_adapter, add_json, add_options, read_config
+from lorikeet.cli.options import add_adapter, add_json, add_options, given, read_config
 from lorikeet.cli.verification import add_verify, exact_subject, material, verify_problems
 from lorikeet.errors import CheckFailed, ConfigError
 
@@ -118,8 +118,27 @@ def check_file_arguments(args: argparse.Namespace) -> None:
         problems.append(
             f"--calibrate does nothing for {args.type}, which rounds and searches nothing"
         )
+    problems += _model_problems(args)
     if problems:
         raise ConfigError("these flags do not hold:", problems)
+
+
+def _model_problems(args: argparse.Namespace) -> list[str]:
+    """What does not hold about how a model is to run; to be converted it need not run at all."""
+    options = given(args)
+    runs = args.verify or args.calibrate
+    problems = []
+    if "model.fast" in options:
+        problems.append("--model.fast does nothing here: a model takes its own forward pass")
+    if not runs:
+        idle = [name for name in ("model.dtype", "model.device") if name in options]
+        problems += [f"--{name} does nothing without --verify or --calibrate" for name in idle]
+    if args.verify and options.get("model.dtype", "auto") not in ("auto", "fp32"):
+        problems.append(
+            "--model.dtype: --verify compares in fp32, in which nothing but the weights' rounding"
+            f" shows; found {options['model.dtype']}"
+        )
+    return problems
 
 
 def require_sound(made: Made) -> None:
@@ -168,6 +187,7 @@ def plan(args: argparse.Namespace) -> Job:
     from lorikeet.adapters import read_adapter
     from lorikeet.cli.subject import adapter_folder
     from lorikeet.export.convert import Conversion
+    from lorikeet.model import choose
 
     folder = adapter_folder(args.adapter)
     adapter = read_adapter(folder) if folder else None
@@ -176,9 +196,13 @@ def plan(args: argparse.Namespace) -> Job:
     base, name = base_folder(config), Path(config.model.path).name
     subject = None
     if args.verify or args.calibrate:
+        # What cannot be exported is refused before a model is loaded and run.
+        Conversion.plan(base, args.type, adapter=adapter, tokenizer=folder)
         subject = exact_subject(config, base, folder, allow_mismatch=args.allow_mismatch)
-    elif adapter:
-        check_base(base, adapter, config, allow=args.allow_mismatch)
+    else:
+        choose(threads=config.model.threads)
+        if adapter:
+            check_base(base, adapter, config, allow=args.allow_mismatch)
     renderer = subject.renderer if subject else _renderer(config, base, folder, adapter)
     importance = _importance(args, config, subject) if subject and args.calibrate else None
     conversion = Conversion.plan(

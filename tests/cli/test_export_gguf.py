@@ -164,6 +164,26 @@ def test_verified(
         assert found["spelling"] == {"conversations": 6, "equal": 6}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("who", ["starter", "adapter", "stories260k"])
+def test_no_sound_file_is_refused(
+    who: str,
+    kind: str,
+    adapter: Path,
+    shared: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Small models, which lose most, on text that they have never seen."""
+    folders = {"starter": ["--model", starter.folder()], "adapter": ["--adapter", adapter]}
+    argv = folders.get(who) or ["--model", shared("models/stories260k")]
+    argv += ["--type", kind, "--out", tmp_path / "x.gguf", "--verify", "--prompts", "0", "--json"]
+    code, shown, _ = call(capsys, *argv)
+    assert json.loads(shown)["verify"]["problems"] == []
+    assert code == 0
+
+
 def test_the_table(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--adapter", adapter, "--type", "q8_0", "--out", tmp_path / "x.gguf", "--verify"]
     code, shown, _ = call(capsys, *argv, *SMALL)

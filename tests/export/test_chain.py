@@ -154,7 +154,7 @@ LLAMA = {"in llama.cpp"} if find() else set()
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("kind", ["f32", "bf16", "q4_k_m"])
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q6_k", "q4_k_m"])
 def test_a_sound_export(kind: str, adapted: Adapted, tmp_path: Path) -> None:
     out = tmp_path / "x.gguf"
     conversion = adapted.plan(kind)

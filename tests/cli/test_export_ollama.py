@@ -100,6 +100,22 @@ def test_an_adapter_brings_its_template(
     assert "### Instruction:" in fields["tokenizer.chat_template"].value
 
 
+def test_a_template_that_nobody_has_named_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(starter.folder(), base)
+    (base / "chat_template.jinja").unlink()
+    argv = ["--model", base, "--type", "f16"]
+    code, _, said = call(capsys, *argv, "--out", tmp_path / "a")
+    assert code == 0
+    assert "has no chat template: the Modelfile asks in the words of instruction-resp" in said
+    code, _, said = call(capsys, *argv, "--out", tmp_path / "b", "--data.template", "alpaca")
+    assert code == 0
+    assert "no chat template" not in said
+    assert "### Instruction:" in (tmp_path / "b" / "Modelfile").read_text(encoding="utf-8")
+
+
 def test_parameters_of_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = tmp_path / "base"
     shutil.copytree(starter.folder(), base)

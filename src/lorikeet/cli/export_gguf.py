@@ -89,6 +89,7 @@ def _adapter_only(args: argparse.Namespace, out: Path) -> int:
         raise ConfigError("these flags do not hold:", problems)
     from lorikeet.adapters import read_adapter
     from lorikeet.cli.subject import adapter_folder
+    from lorikeet.data.template import BUILT_IN
     from lorikeet.export.gguf_adapter import export_adapter
 
     folder = adapter_folder(args.adapter)
@@ -109,5 +110,11 @@ def _adapter_only(args: argparse.Namespace, out: Path) -> int:
             f" {found.alpha:g}, {found.kind}, in {found.seconds:.1f} s;"
             f" llama-cli -m BASE.gguf --lora {found.out}",
             markup=False,
+        )
+    template = adapter.provenance.get("template")
+    if template in BUILT_IN:
+        console.warn(
+            f"the adapter was trained with the template {template}, which is not in this file but"
+            f" in the base's: make BASE.gguf with --data.template {template}"
         )
     return 0

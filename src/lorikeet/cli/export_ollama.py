@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     made = replace(
         made,
         exported=replace(made.exported, out=out / name),
-        notes=(*made.notes, *described.notes),
+        notes=(*made.notes, *described.notes, *_unknown_template(job)),
     )
     if args.json:
         found = {**made.summary(), "modelfile": str(out / _MODELFILE)}
@@ -89,6 +89,17 @@ def _check_place(out: Path) -> None:
 
 def _file_name(kind: str) -> str:
     return f"model-{kind}.gguf"
+
+
+def _unknown_template(job: Job) -> list[str]:
+    """A sentence if nobody has said how the model is spoken to: a Modelfile must say something."""
+    if "tokenizer.chat_template" in job.conversion.metadata:
+        return []
+    return [
+        "the model has no chat template: the Modelfile asks in the words of"
+        f" {job.renderer.template.name}, which it was not trained with as far as is known;"
+        " --data.template names another"
+    ]
 
 
 def _generation(job: Job) -> dict[str, object]:

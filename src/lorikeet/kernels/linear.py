@@ -164,7 +164,7 @@ def low_rank_gradient(dys: Sequence[Tensor], projections: Sequence[Projection]) 
     """Gradient of the low-rank activations, [T, R]: s_i dy_i B_i side by side."""
     if not any(p.r for p in projections):
         return None
-    dlow = dys[0].new_empty(len(dys[0]), sum(p.r for p in projections))
+    dlow = dys[0].new_empty(dys[0].size(0), sum(p.r for p in projections))
     for dy, p, part in zip(dys, projections, _split(dlow, projections), strict=True):
         if p.B is not None:
             low_rank.narrow(dy, [p.B.t()], scale=p.scale, out=part)
@@ -205,7 +205,9 @@ def parameter_gradients(
     dA: Tensor | None = None
     if dlow is not None and any(needed[2::TENSORS]):
         dA = low_rank.outer(dlow, x, dropout=dropout)
-    dAs = [None] * len(projections) if dA is None else dA.split([p.r for p in projections])
+    dAs = (
+        [None] * len(projections) if dA is None else dA.split_with_sizes([p.r for p in projections])
+    )
     gradients: list[Tensor | None] = []
     for i, (dy, p, part) in enumerate(zip(dys, projections, _split(low, projections), strict=True)):
         weight, bias, a, b = needed[TENSORS * i : TENSORS * (i + 1)]
@@ -234,4 +236,6 @@ def _split(low: Tensor | None, projections: Sequence[Projection]) -> Sequence[Te
     """The columns of each adapter out of [..., R]."""
     if low is None:
         return [None] * len(projections)
-    return low.split([p.r for p in projections], dim=1)
+    if len(projections) == 1:
+        return [low]
+    return low.split_with_sizes([p.r for p in projections], dim=1)

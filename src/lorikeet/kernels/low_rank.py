@@ -25,7 +25,7 @@ def narrow(
     out: Tensor | None = None,
 ) -> Tensor:
     """drop(x) (scale F)ᵀ, [T, n] -> [T, R], written to `out` if it is given."""
-    y = x.new_empty(len(x), sum(map(len, factors))) if out is None else out
+    y = x.new_empty(x.size(0), sum(f.size(0) for f in factors)) if out is None else out
     if _compiled(x, y, factors):
         arguments = (*x.shape, x, *_words(dropout), len(factors), factors, scale, y, y.stride(0))
         native.call("lk_narrow", *arguments)
@@ -83,12 +83,12 @@ def _sum_type(x: Tensor, wide: Tensor) -> torch.dtype:
 
 
 def _compiled(wide: Tensor, low: Tensor, factors: Sequence[Tensor]) -> bool:
-    return (
-        wide.dtype == low.dtype == torch.bfloat16
-        and low.stride(1) == 1
-        and all(f.dtype == torch.float32 and f.device == wide.device for f in factors)
-        and native.takes(wide)
-    )
+    if wide.dtype != torch.bfloat16 or low.dtype != torch.bfloat16 or low.stride(1) != 1:
+        return False
+    for factor in factors:
+        if factor.dtype != torch.float32 or not factor.is_cpu:
+            return False
+    return native.takes(wide)
 
 
 def _words(dropout: Dropout | None) -> tuple[int, int, float]:

@@ -9,16 +9,16 @@ threads, sized by `torch.set_num_threads`.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_LONG, _FLOAT, _INT, _UINT = ctypes.c_long, ctypes.c_float, ctypes.c_int, ctypes.c_uint32
-_POINTER = ctypes.c_void_p
+_LONG = ctypes.c_long
 
 
 class _Unavailable(Exception):
@@ -69,15 +69,17 @@ def missing() -> str | None:
 def takes(*tensors: Tensor) -> bool:
     """Whether the compiled kernels can work on these: one dtype, on the CPU, contiguous."""
     dtype = tensors[0].dtype
-    return (
-        dtype in _TYPES
-        and all(t.device.type == "cpu" and t.dtype == dtype for t in tensors)
-        and all(t.is_contiguous() for t in tensors)
-        and missing() is None
-    )
+    if dtype not in _TYPES or missing() is not None:
+        return False
+    for tensor in tensors:  # a loop, because a generator takes twice as long
+        if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
+            return False
+    return True
 
 
 Argument = Tensor | Sequence[Tensor] | int | float | None
+
+_functions: dict[str, Callable[..., None]] = {}
 
 
 def call(name: str, *arguments: Argument) -> None:
@@ -87,9 +89,19 @@ def call(name: str, *arguments: Argument) -> None:
     array of their addresses, numbers of rows, and the two strides. Functions that exist for
     both types get the type of the first tensor in front.
     """
+    function = _functions.get(name) or _declare(name, arguments)
+    function(*[_CONVERTED[type(a)](a) for a in arguments])
+
+
+def _declare(name: str, arguments: Sequence[Argument]) -> Callable[..., None]:
+    """Tell ctypes what a function takes, by the first call of it: conversions are faster then."""
     library = _load()
     assert isinstance(library, ctypes.CDLL)
-    getattr(library, name)(*[_argument(a) for a in arguments])
+    function = getattr(library, name)
+    function.argtypes = [_DECLARED.get(type(a), ctypes.c_void_p) for a in arguments]
+    function.restype = None
+    _functions[name] = function
+    return function
 
 
 def type_of(tensor: Tensor) -> int:
@@ -97,14 +109,22 @@ def type_of(tensor: Tensor) -> int:
     return _TYPES[tensor.dtype]
 
 
-def _argument(value: Argument) -> object:
-    if isinstance(value, Tensor):
-        return _POINTER(value.data_ptr())
-    if value is None:
-        return _POINTER(None)
-    if isinstance(value, int):
-        return _LONG(value)
-    if isinstance(value, float):
-        return _FLOAT(value)
-    words = [word for m in value for word in (m.data_ptr(), len(m), *m.stride())]
+def _matrices(matrices: Sequence[Tensor]) -> object:
+    words = [word for m in matrices for word in (m.data_ptr(), m.size(0), *m.stride())]
     return (_LONG * len(words))(*words)
+
+
+def _same(value: object) -> object:
+    return value
+
+
+_DECLARED = {int: _LONG, float: ctypes.c_float}
+_CONVERTED: dict[type, Callable[[Any], object]] = {
+    Tensor: Tensor.data_ptr,
+    nn.Parameter: Tensor.data_ptr,
+    list: _matrices,
+    tuple: _matrices,
+    int: _same,
+    float: _same,
+    type(None): _same,
+}

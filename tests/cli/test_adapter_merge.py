@@ -82,7 +82,7 @@ def test_verified(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert verified["reference"]["documents"] == 64
     assert verified["prompts"] == 16
     assert 0 < verified["kl_mean"] < 1e-4  # bf16 weights: rounded, but only that
-    assert verified["tolerance"]["kl"] == 2e-4
+    assert verified["tolerance"]["kl"] == 5e-4
     assert verified["agreeing"] > 0.5
 
 

@@ -390,7 +390,11 @@ def test_new_tokens_may_hold_commas_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("lora: {new_tokens: ['a, b', '<tool>']}\n")
     assert load_config(file).lora.new_tokens == ["a, b", "<tool>"]
-    assert load_config(file, {"lora.new_tokens": "<a>, <b>"}).lora.new_tokens == ["<a>", "<b>"]
+    for flag in ("<a>, <b>", '["<a>", "<b>"]'):
+        assert load_config(file, {"lora.new_tokens": flag}).lora.new_tokens == ["<a>", "<b>"]
+    assert load_config(file, {"lora.new_tokens": "[A],[B]"}).lora.new_tokens == ["[A]", "[B]"]
+    for flag in ('["<a>", "<b>"', "['<a>']", '["<a>", 1]'):
+        assert 'expected a,b or ["a", "b"]' in problems({"lora.new_tokens": flag})[0]
     (tmp_path / "again.yaml").write_text(load_config(file).to_yaml())
     assert load_config(tmp_path / "again.yaml").lora.new_tokens == ["a, b", "<tool>"]
     for wrong, named in ((["x", "x"], "names a text twice"), ([""], "holds an empty text")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated
 
@@ -10,10 +11,22 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 
 def _split_commas(value: object) -> object:
-    """A flag gives `a,b`; a YAML file gives a list."""
+    """A flag gives `a,b` or a JSON list of texts; a YAML file gives a list."""
+    if isinstance(value, str) and re.match(r"""\s*\[\s*['"]""", value):
+        return _json_list(value)
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
+
+
+def _json_list(value: str) -> list[str]:
+    try:
+        found = json.loads(value)
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise ValueError(f"""expected a,b or ["a", "b"], found {value!r}""")
+    return found
 
 
 def _parse_mapping(value: object) -> object:

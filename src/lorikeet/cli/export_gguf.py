@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from lorikeet import console
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert; with --verify also compare, and fail if the file is another model."""
     out = Path(args.out)
-    _check_place(out)
+    _check_place(args.out)
     if args.adapter_only:
         return _adapter_only(args, out)
     check_file_arguments(args)
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_place(out: Path) -> None:
+def _check_place(name: str) -> None:
     """Nothing but a GGUF file is replaced.
 
     Raises:
@@ -58,8 +59,9 @@ def _check_place(out: Path) -> None:
     """
     from lorikeet.gguf.read import MAGIC
 
-    if out.is_dir():
-        raise ConfigError(f"--out: {out} is a folder; expected the name of a file, such as x.gguf")
+    out = Path(name)
+    if out.is_dir() or name.endswith(("/", os.sep)):
+        raise ConfigError(f"--out: {name} is a folder; expected the name of a file, such as x.gguf")
     if not out.exists():
         return
     if not out.is_file():

@@ -150,7 +150,7 @@ def require_sound(made: Made) -> None:
     problems = made.chain.problems() if made.chain else []
     if problems:
         lines = "".join(f"\n  - {problem}" for problem in problems)
-        raise CheckFailed(f"{made.exported.out} does not answer as the model does:{lines}")
+        raise CheckFailed(f"from the model to {made.exported.out} not every link holds:{lines}")
 
 
 def show(made: Made) -> None:

@@ -64,7 +64,7 @@ _FILE = {
     "f32": _FULL,
     "f16": _STORED["F16"],
     "bf16": _STORED["BF16"],
-    "q8_0": Tolerance(kl=3e-3, nll=1e-2),
+    "q8_0": Tolerance(kl=1e-2, nll=2e-2),
     **dict.fromkeys(("q6_k", "q5_0", "q5_1", "q5_k_s", "q5_k_m"), Tolerance(kl=0.1, nll=0.05)),
     **dict.fromkeys(("q4_0", "q4_k_s", "q4_k_m"), Tolerance(kl=0.4, nll=0.3)),
     "q3_k_m": Tolerance(kl=0.5, nll=0.3),
@@ -85,7 +85,7 @@ def of_file(kind: str, *, kl: float | None = None) -> Tolerance:
     Small models suffer most. About three times the mean KL that was measured on the smallest at
     hand, of 260 thousand parameters, whose rows of 64 weights make every K-quant fall back to a
     type with larger blocks, on 9,000 tokens that it finds hard (perplexity 130): bf16 9.6e-5, q8_0
-    7.7e-4, the types of five bits 3e-2 to 4e-2, q4_0 0.15. The starter model with an adapter (rows
+    7.7e-4 (random weights: up to 3.1e-3), the types of five bits 3e-2 to 4e-2, q4_0 0.15. The starter model with an adapter (rows
     of 256, perplexity 1.04) loses far less: q6_k 2.8e-5, q5_k_m 7e-5, q4_k_m 3.6e-4, q3_k_m 9.7e-4,
     q2_k 7.7e-3; with adapters of noise, on text that it has never seen, q6_k up to 4.9e-2, q5_k_s
     2.6e-2, q4_k_m 6.2e-2, q3_k_m 0.26, q2_k 0.45. That a fault may hide below such figures is why

@@ -47,7 +47,8 @@ def encode_q8_0(rows: Floats, importance: Floats | None, out: Bytes, scratch: Sc
     blocks = rows.reshape(-1, WEIGHTS)
     x = scratch.floats("scaled", *blocks.shape)
     # torch finds the largest of a row seven times as fast as numpy does.
-    d = torch.from_numpy(np.abs(blocks, out=x)).amax(1).numpy() / np.float32(127)
+    largest: Floats = torch.from_numpy(np.abs(blocks, out=x)).amax(1).numpy()
+    d = largest / np.float32(127)
     np.multiply(blocks, _reciprocal(d)[:, None], out=x)
     # Half away from zero: with the largest float32 below 0.5, 0.49999997 still becomes zero.
     half = scratch.floats("halves", *blocks.shape)

@@ -184,9 +184,17 @@ def test_tensors_left_over_are_said(folder: Path, capsys: pytest.CaptureFixture[
 def test_no_tokenizer(folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    assert f"no tokenizer could be loaded from {folder}" in refused(folder)
+    said = refused(folder)
+    assert f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model, found" in said
     with pytest.raises(ModelError, match="no tokenizer"):
         load_tokenizer(folder)
+
+
+def test_a_run_folder_in_place_of_its_model(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    folder.rename(run / "model")
+    assert f"is {run / 'model'} meant?" in refused(run)
 
 
 def test_a_tokenizer_without_a_model(folder: Path) -> None:

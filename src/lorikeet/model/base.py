@@ -24,6 +24,7 @@ from lorikeet.model.machine import DTYPES, Machine, choose
 from lorikeet.model.packing import enable_packing
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -239,9 +240,11 @@ def _is_local(source: str) -> bool:
     """Whether `source` is a folder; a name that is neither a folder nor a hub id is an error."""
     if Path(source).is_dir():
         if not (Path(source) / "config.json").is_file():
+            inner = Path(source) / "model"
+            hint = f"; is {inner} meant?" if (inner / "config.json").is_file() else ""
             raise ModelError(
                 f"{source} is not a model folder: it has no config.json"
-                f" (it holds {_listing(Path(source))})"
+                f" (it holds {_listing(Path(source))}){hint}"
             )
         return True
     if Path(source).exists():
@@ -291,6 +294,12 @@ def _load_config(source: str, options: dict[str, Any]) -> Any:
 
 
 def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise ModelError(
+            f"{source} has no tokenizer: expected {' or '.join(_TOKENIZERS[:2])}, found"
+            f" {_listing(folder)}"
+        )
     with _loading(f"no tokenizer could be loaded from {source}"):
         return AutoTokenizer.from_pretrained(source, **options)
 

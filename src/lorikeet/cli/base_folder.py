@@ -30,7 +30,12 @@ def base_folder(config: RunConfig) -> Path:
     path, revision = config.model.path, config.model.revision
     if Path(path).is_dir():
         return Path(path)
-    if Path(path).exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
+    if (
+        Path(path).exists()
+        or path.count("/") != 1
+        or path.startswith((".", "/", "~"))
+        or path.endswith("/")
+    ):
         raise ModelError(
             f"there is no model folder {path}; expected a folder with config.json and weights,"
             " or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"

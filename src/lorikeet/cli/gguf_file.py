@@ -282,8 +282,8 @@ def _write(conversion: Conversion, out: Path) -> Exported:
         task = bar.task_ids[0]
 
         def show_progress(done: int, total: int) -> None:
-            status = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} M weights"
-            bar.update(task, completed=done, total=total, status=status)
+            millions = (max(1, round(weights / 1e6)) for weights in (done, total))
+            bar.update(task, completed=next(millions), total=next(millions), status="M weights")
 
         return export_gguf(conversion, out, progress=show_progress)
 

@@ -342,6 +342,7 @@ def test_another_base_than_the_adapters(
         (["--tolerance-kl", "nan", "--verify"], "--tolerance-kl: expected a number from 0 on"),
         (["--data", "x.jsonl"], "--data.path does nothing without --verify"),
         (["--prompts", "3"], "--prompts does nothing without --verify"),
+        (["--verify", "--data.validation", "0.5"], "--data.validation does nothing here"),
         (["--tolerance-kl", "3"], "--tolerance-kl does nothing without --verify"),
         (["--calibrate-rows", "3"], "--calibrate-rows does nothing without --calibrate"),
         (

@@ -90,6 +90,20 @@ def test_weights_that_are_no_numbers(kind: str, value: float, bases: Bases, tmp_
     assert not (tmp_path / "x.gguf").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_numbers_that_need_a_scale(dtype: torch.dtype, bases: Bases, tmp_path: Path) -> None:
+    """Stored so without a word in config.json, they would be taken as they are."""
+    base = copied(bases("llama"), tmp_path / "base")
+
+    def quantise(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {n: t.to(dtype) if n.endswith("q_proj.weight") else t for n, t in state.items()}
+
+    edit(base, quantise)
+    with pytest.raises(ModelError, match="of a quantised model take the original") as caught:
+        exported(base, "q8_0", tmp_path / "x.gguf")
+    assert "model.layers.0.self_attn.q_proj.weight is " in str(caught.value)
+
+
 def test_a_norm_that_is_no_number(bases: Bases, tmp_path: Path) -> None:
     """One that stays in float32, of a model whose other tensors are quantised."""
     base = copied(bases("gemma"), tmp_path / "base")

@@ -49,6 +49,8 @@ def verify_problems(args: argparse.Namespace, *, used: Collection[str] = ()) -> 
         problems.append(f"--prompts: expected a number from 0 on, found {args.prompts}")
     if args.tolerance_kl is not None and not args.tolerance_kl >= 0:
         problems.append(f"--tolerance-kl: expected a number from 0 on, found {args.tolerance_kl}")
+    if args.verify and "data.validation" in given(args):
+        problems.append("--data.validation does nothing here: all rows are compared")
     if not args.verify:
         others = set(given(args)) - set(used)
         idle = [f"--{name}" for name in sorted(others) if name.startswith("data.")]

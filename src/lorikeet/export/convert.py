@@ -21,6 +21,7 @@ from torch import Tensor
 from lorikeet.adapters import Adapter
 from lorikeet.adapters.checkpoint import blocks_of
 from lorikeet.adapters.fold import Fold
+from lorikeet.adapters.plan_rows import FLOATING
 from lorikeet.adapters.vocabulary import require_tokens
 from lorikeet.errors import AdapterError, ModelError
 from lorikeet.export.chat import Chat
@@ -32,6 +33,7 @@ from lorikeet.gguf.metadata import Field
 from lorikeet.gguf.mixture import Assigned, assign, file_type
 from lorikeet.gguf.write import Stored, write_gguf
 
+_SHOWN = 8  # findings in one message
 _QUANTIZATION_VERSION = 2  # of ggml's block formats
 
 
@@ -86,6 +88,7 @@ class Conversion:
         """
         fold = Fold.of(model, adapter)
         layout = lay_out(fold.config, fold.shapes)
+        _require_numbers(fold, layout)
         shapes = {placed.name: placed.shape for placed in layout.placed}
         shapes |= {name: tuple(made.shape) for name, made in layout.made.items()}
         types = assign(
@@ -243,6 +246,24 @@ def export_gguf(
         calibrated=conversion.importance is not None,
         seconds=time.monotonic() - started,
     )
+
+
+def _require_numbers(fold: Fold, layout: Layout) -> None:
+    """Refuse weights whose numbers mean something only together with others, such as scales.
+
+    Raises:
+        ModelError: there are some.
+    """
+    sources = {placed.source: fold.plan.tensors[placed.source][0] for placed in layout.placed}
+    stored = {name: fold.checkpoint.entry(source).dtype for name, source in sources.items()}
+    others = [f"{name} is {dtype}" for name, dtype in stored.items() if dtype not in FLOATING]
+    if others:
+        more = [f"and {len(others) - _SHOWN} more"] if len(others) > _SHOWN else []
+        raise ModelError(
+            f"weights must be stored as {', '.join(FLOATING)}; of a quantised model take the"
+            " original:",
+            others[:_SHOWN] + more,
+        )
 
 
 def _named(name: str) -> dict[str, Field]:

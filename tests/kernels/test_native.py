@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,29 @@ def test_what_the_compiled_kernels_take() -> None:
     assert not native.takes(x, x.bfloat16())
     assert not native.takes(x.t())
     assert not native.takes(x.to("meta"))
+
+
+class Marked(torch.Tensor):
+    """A tensor of a class of its own, as wrappers of weights are."""
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("of", [torch.nn.Parameter, lambda x: x.as_subclass(Marked)])
+def test_tensors_of_other_classes(of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """SiLU(gate) * up, both zero but for one element."""
+    gate, up = torch.zeros(2, 8), torch.zeros(2, 8)
+    gate[0, 3], up[0, 3] = 100.0, 2.0
+    act = torch.full_like(gate, 7.0)
+    native.call("lk_swiglu", native.type_of(gate), gate.numel(), of(gate), of(up), act)
+    expected = torch.zeros(2, 8)
+    expected[0, 3] = 200.0
+    torch.testing.assert_close(act, expected)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_what_no_kernel_takes() -> None:
+    with pytest.raises(TypeError, match="compiled kernels take no str"):
+        native.call("lk_swiglu", "x")  # type: ignore[arg-type]
 
 
 def test_nothing_is_taken_where_they_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:

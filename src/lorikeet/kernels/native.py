@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LONG = ctypes.c_long
@@ -89,8 +89,9 @@ def call(name: str, *arguments: Argument) -> None:
     array of their addresses, numbers of rows, and the two strides. Functions that exist for
     both types get the type of the first tensor in front.
     """
+    values = [_CONVERTED[type(a)](a) for a in arguments]
     function = _functions.get(name) or _declare(name, arguments)
-    function(*[_CONVERTED[type(a)](a) for a in arguments])
+    function(*values)
 
 
 def _declare(name: str, arguments: Sequence[Argument]) -> Callable[..., None]:
@@ -118,13 +119,25 @@ def _same(value: object) -> object:
     return value
 
 
+class _Conversions(dict[type, Callable[[Any], object]]):
+    """By type; a subclass, such as of a parameter, is converted as what it stands for."""
+
+    def __missing__(self, kind: type) -> Callable[[Any], object]:
+        for base, convert in self.items():
+            if issubclass(kind, base):
+                self[kind] = convert
+                return convert
+        raise TypeError(f"compiled kernels take no {kind.__name__}")
+
+
 _DECLARED = {int: _LONG, float: ctypes.c_float}
-_CONVERTED: dict[type, Callable[[Any], object]] = {
-    Tensor: Tensor.data_ptr,
-    nn.Parameter: Tensor.data_ptr,
-    list: _matrices,
-    tuple: _matrices,
-    int: _same,
-    float: _same,
-    type(None): _same,
-}
+_CONVERTED = _Conversions(
+    {
+        Tensor: Tensor.data_ptr,
+        list: _matrices,
+        tuple: _matrices,
+        int: _same,
+        float: _same,
+        type(None): _same,
+    }
+)

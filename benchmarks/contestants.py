@@ -14,16 +14,18 @@ class Contestant:
         name: what the tables call it.
         worker: module of `benchmarks.workers`.
         about: what it is, for the reader of a table.
-        peers: whether it runs in the peers' environment.
+        environment: whose interpreter runs it.
         method: what it trains, which decides on its roofline; None trains nothing.
+        devices: where it can take part.
         settings: what its worker is told.
     """
 
     name: str
     worker: str
     about: str
-    peers: bool = False
+    environment: Literal["lorikeet", "peers", "unsloth"] = "lorikeet"
     method: Literal["lora", "full"] | None = "lora"
+    devices: tuple[str, ...] = ("cpu", "cuda")
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -61,34 +63,69 @@ _ALL = [
         "trl_worker",
         "TRL's SFTTrainer at its defaults: float32 weights under bf16 autocast, gradient"
         " checkpointing; LoRA with dropout 0.05",
-        peers=True,
+        environment="peers",
         settings={"tuned": False, "dropout": 0.05},
     ),
     Contestant(
         "trl-tuned",
         "trl_worker",
         "the same with bf16 weights, without gradient checkpointing and dropout",
-        peers=True,
+        environment="peers",
         settings={"tuned": True, "dropout": 0.0},
     ),
     Contestant(
         "peft-tuned",
         "peft_worker",
         "a bare PEFT loop: bf16 weights and adapters, no dropout",
-        peers=True,
-        settings={"method": "lora"},
+        environment="peers",
+        settings={"method": "lora", "autocast_adapter_dtype": False},
+    ),
+    Contestant(
+        "peft-default",
+        "peft_worker",
+        "the same bare loop with PEFT's own choice of adapters in float32",
+        environment="peers",
+        settings={"method": "lora", "autocast_adapter_dtype": True},
     ),
     Contestant(
         "peft-full",
         "peft_worker",
         "the same bare loop, full fine-tuning of bf16 weights",
-        peers=True,
+        environment="peers",
         method="full",
         settings={"method": "full"},
+    ),
+    Contestant(
+        "unsloth-default",
+        "unsloth_worker",
+        "Unsloth's model in the same bare loop, 16 bit, with its own gradient checkpointing",
+        environment="unsloth",
+        devices=("cuda",),
+        settings={"use_gradient_checkpointing": "unsloth"},
+    ),
+    Contestant(
+        "unsloth-tuned",
+        "unsloth_worker",
+        "the same without gradient checkpointing",
+        environment="unsloth",
+        devices=("cuda",),
+        settings={"use_gradient_checkpointing": False},
     ),
 ]
 
 CONTESTANTS = {contestant.name: contestant for contestant in _ALL}
 
-DEFAULT = ["lorikeet", "trl-default", "trl-tuned", "peft-tuned", "peft-full"]
-"""Who takes part when nobody is named; the first is what the others are compared with."""
+DEFAULT = {
+    "cpu": ["lorikeet", "trl-default", "trl-tuned", "peft-tuned", "peft-full"],
+    "cuda": [
+        "lorikeet",
+        "lorikeet-full",
+        "peft-default",
+        "peft-tuned",
+        "unsloth-default",
+        "unsloth-tuned",
+        "trl-default",
+        "trl-tuned",
+    ],
+}
+"""Who takes part on a device when nobody is named; the others are compared with the first."""

@@ -25,9 +25,10 @@ def measure_memory(
 ) -> tuple[dict[str, Any], str]:
     """Let one after the other do the steps of a workload; return all for JSON, and a table.
 
-    The process's peak, loading included: what the machine must have.
+    On a CPU the process's peak, loading included: what the machine must have. On a GPU that of the
+    steps' tensors, and that of loading beside it.
     """
-    job = make_job(subject.folder, workload, places.folder, dtype=dtype, r=r)
+    job = make_job(subject.folder, workload, places, dtype=dtype, r=r)
     found: dict[str, dict[str, Any]] = {}
     for contestant in contestants:
         with Worker(contestant, replace(job, settings=contestant.settings), places) as worker:
@@ -40,4 +41,4 @@ def measure_memory(
     peaks = {name: line["last"]["peak_bytes"] for name, line in found.items()}
     loaded = {name: line["facts"]["peak_bytes"] for name, line in found.items()}
     report = {"workload": workload.name, "about": workload.about, "contestants": found}
-    return report, memory_table(workload, peaks, loaded)
+    return report, memory_table(workload, peaks, loaded, device=places.device)

@@ -29,7 +29,7 @@ def measure_parity(
     The first contestant is the reference. Lorikeet's settings draw the same A; peers draw their own
     and have their own learning rates, so that only their first steps compare.
     """
-    job = make_job(subject.folder, workload, places.folder, dtype=dtype, r=r)
+    job = make_job(subject.folder, workload, places, dtype=dtype, r=r)
     rounds = play(contestants, workload, job, places)
     curves = {
         name: [answer.loss or 0.0 for answer in answers] for name, answers in rounds.answers.items()

@@ -18,10 +18,17 @@ from benchmarks.protocol import GO, READY, Answer, Job
 ROOT = Path(__file__).resolve().parents[1]
 
 _VARIABLES = {
-    "CUDA_VISIBLE_DEVICES": "",  # a CPU benchmark: some contestants would take a GPU, some not
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "UNSLOTH_DISABLE_STATISTICS": "1",  # it would fetch a file when it loads a model
+}
+
+_HOW_TO_BUILD = {
+    "lorikeet": "make setup",
+    "peers": "make peers",
+    "unsloth": "python3 -m venv .venv-unsloth;"
+    " .venv-unsloth/bin/python -m pip install --requirement benchmarks/unsloth.txt",
 }
 
 
@@ -40,14 +47,18 @@ class Places:
     Attributes:
         python: interpreter of Lorikeet's environment.
         peers_python: interpreter of the peers' environment.
+        unsloth_python: interpreter of Unsloth's environment.
         folder: for job files and logs; must exist.
+        device: cpu or cuda.
         threads: CPU threads of each worker; the libraries' own choice if None.
         timeout: seconds within which a worker must be ready, or have done a step.
     """
 
     python: Path
     peers_python: Path
+    unsloth_python: Path
     folder: Path
+    device: str = "cpu"
     threads: int | None = None
     timeout: float = 1800.0
 
@@ -55,19 +66,31 @@ class Places:
         """The interpreter of a contestant.
 
         Raises:
-            BenchmarkError: the peers' environment has not been built.
+            BenchmarkError: its environment has not been built.
         """
-        found = self.peers_python if contestant.peers else self.python
+        name = contestant.environment
+        found = {
+            "lorikeet": self.python,
+            "peers": self.peers_python,
+            "unsloth": self.unsloth_python,
+        }[name]
         if not found.exists():
             raise BenchmarkError(
-                f"{contestant.name} needs the peers' environment, and there is no {found};"
-                " build it with: make peers"
+                f"{contestant.name} needs the environment {name}, and there is no {found};"
+                f" build it with: {_HOW_TO_BUILD[name]}"
             )
         return found
 
     def environment(self) -> dict[str, str]:
-        """The workers' environment variables."""
+        """The workers' environment variables.
+
+        On a CPU nobody sees a GPU: some contestants would take it, some not. On a GPU everybody
+        sees one, the first: some would spread over several.
+        """
         found = {**os.environ, **_VARIABLES}
+        found["UNSLOTH_COMPILE_LOCATION"] = str(self.folder / "unsloth-compiled")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        found["CUDA_VISIBLE_DEVICES"] = visible if self.device == "cuda" else ""
         if self.threads:
             found.update(OMP_NUM_THREADS=str(self.threads), MKL_NUM_THREADS=str(self.threads))
         return found

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +45,7 @@ class Job:
         steps: optimizer steps.
         step_examples: rows of an optimizer step.
         micro_examples: rows of a padded micro-batch, for those that pad.
+        device: cpu or cuda: where the model is and the batches go.
         dtype: bf16 or fp32, for those that are not left at their own default.
         r: rank of LoRA; alpha is the same.
         settings: the contestant's own, see `contestants.py`.
@@ -55,6 +56,7 @@ class Job:
     steps: int
     step_examples: int
     micro_examples: int
+    device: str = "cpu"
     dtype: str = "bf16"
     r: int = 16
     settings: dict[str, Any] = field(default_factory=dict)
@@ -85,7 +87,8 @@ class Answer:
         loss: nats per supervised token; None from a worker that trains nothing.
         tokens: real tokens it saw, to be checked against the workload's own count.
         supervised: supervised tokens it saw.
-        peak_bytes: the most memory its process has held so far.
+        peak_bytes: on a CPU the most memory its process has held so far; on a GPU the most that its
+            tensors have taken since everything was loaded.
     """
 
     step: int
@@ -128,20 +131,47 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
+def _nothing() -> None:
+    """A CPU is done when a call returns, and its peak cannot be forgotten everywhere."""
+
+
+@dataclass(frozen=True)
+class Meter:
+    """How time and memory are read, which depends on the device; as it is, for a CPU.
+
+    Attributes:
+        settle: returns when all that the device was asked to do is done.
+        restart: counts the peak from now on, where that can be.
+        peak_bytes: the peak so far.
+    """
+
+    settle: Callable[[], None] = _nothing
+    restart: Callable[[], None] = _nothing
+    peak_bytes: Callable[[], int] = peak_bytes
+
+
 class Channel:
     """The worker's end. It takes stdout for itself: what libraries print goes to stderr."""
 
-    def __init__(self) -> None:
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
         self._lines = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
         os.dup2(2, 1)
         sys.stdout = sys.stderr
         self._step = 0
         self._started = self._seconds = 0.0
 
-    def hello(self, *, threads: int, packages: Sequence[str], **facts: Any) -> None:
-        """Say what runs here, once, when everything is loaded."""
-        versions = {name: version(name) for name in packages}
-        found = {"threads": threads, "versions": versions, "peak_bytes": peak_bytes(), **facts}
+    def hello(self, *, threads: int, device: str, packages: Sequence[str], **facts: Any) -> None:
+        """Say what runs here and where, once, when everything is loaded."""
+        self._meter.settle()
+        found = {
+            "threads": threads,
+            "device": device,
+            "versions": {name: version(name) for name in packages},
+            "peak_bytes": self._meter.peak_bytes(),
+            **facts,
+        }
+        self._meter.restart()
         self._say(json.dumps(found))
 
     def wait(self) -> None:
@@ -149,15 +179,18 @@ class Channel:
         self._say(READY)
         if sys.stdin.readline().strip() != GO:
             raise SystemExit(0)
+        self._meter.settle()
         self._started = perf_counter()
 
     def stop(self) -> None:
-        """The step is done: the clock stops."""
+        """The step was asked for: the clock stops as soon as the device has done it."""
+        self._meter.settle()
         self._seconds = perf_counter() - self._started
 
     def answer(self, *, loss: float | None, tokens: int, supervised: int) -> None:
         """Tell about the step that `stop` ended."""
-        found = Answer(self._step, self._seconds, loss, tokens, supervised, peak_bytes())
+        peak = self._meter.peak_bytes()
+        found = Answer(self._step, self._seconds, loss, tokens, supervised, peak)
         self._say(json.dumps(asdict(found)))
         self._step += 1
 

@@ -44,9 +44,9 @@ def gemm_of(shape: Shape) -> Contestant:
     return replace(GEMM, settings={"linears": shape.linears, "head": shape.head})
 
 
-def make_job(model: Path, workload: Workload, folder: Path, *, dtype: str, r: int) -> Job:
-    """The job of all contestants, but for their settings; the rows are written to `folder`."""
-    rows = folder / f"{workload.name}.jsonl"
+def make_job(model: Path, workload: Workload, places: Places, *, dtype: str, r: int) -> Job:
+    """The job of all contestants, but for their settings; writes the rows for the workers."""
+    rows = places.folder / f"{workload.name}.jsonl"
     workload.write(rows)
     return Job(
         model=str(model),
@@ -54,6 +54,7 @@ def make_job(model: Path, workload: Workload, folder: Path, *, dtype: str, r: in
         steps=len(workload.sizes),
         step_examples=workload.step_examples,
         micro_examples=workload.micro_examples,
+        device=places.device,
         dtype=dtype,
         r=r,
     )
@@ -78,7 +79,8 @@ def play(contestants: Sequence[Contestant], workload: Workload, job: Job, places
         for worker in workers.values():
             worker.wait_ready()
         facts = {name: worker.facts for name, worker in workers.items()}
-        _same_threads(facts)
+        for fact in ("threads", "device"):
+            _check_same(fact, facts)
         for k, size in enumerate(workload.sizes):
             first = k % len(names)
             orders.append(names[first:] + names[:first])
@@ -98,7 +100,7 @@ def note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _same_threads(facts: dict[str, dict[str, Any]]) -> None:
-    threads = {name: found["threads"] for name, found in facts.items()}
-    if len(set(threads.values())) > 1:
-        raise BenchmarkError(f"the contestants run with different numbers of threads: {threads}")
+def _check_same(fact: str, facts: dict[str, dict[str, Any]]) -> None:
+    told = {name: found[fact] for name, found in facts.items()}
+    if len(set(told.values())) > 1:
+        raise BenchmarkError(f"the contestants do not run with the same {fact}: {told}")

@@ -55,6 +55,7 @@ class Plan:
         data: rows for the axis `rows`, repeated as often as it takes.
         shared: folder with the models of the axis `model`.
         scratch: for random weights and repeated rows.
+        device: cpu or cuda.
         dtype: of weights and computation.
         steps: of each cell, warm-up included.
         seconds: limit of each cell, loading included.
@@ -64,6 +65,7 @@ class Plan:
     data: Path
     shared: Path
     scratch: Path
+    device: str
     dtype: str
     steps: int
     seconds: float
@@ -79,7 +81,7 @@ def measure_scaling(axes: Sequence[str], plan: Plan, places: Places) -> tuple[di
 
 
 def _cells(axes: Sequence[str], plan: Plan) -> Iterator[Cell]:
-    subject = make_subject(plan.model, plan.scratch, dtype=plan.dtype)
+    subject = make_subject(plan.model, plan.scratch, dtype=plan.dtype, device=plan.device)
     vocabulary = subject.shape.vocabulary
     if "length" in axes:
         for length in LENGTHS:
@@ -91,7 +93,9 @@ def _cells(axes: Sequence[str], plan: Plan) -> Iterator[Cell]:
             yield Cell("rank", str(r), subject, dense(vocabulary, steps=plan.steps), r=r)
     if "model" in axes:
         for name in MODELS:
-            other = make_subject(plan.shared / name, plan.scratch, dtype=plan.dtype)
+            other = make_subject(
+                plan.shared / name, plan.scratch, dtype=plan.dtype, device=plan.device
+            )
             load = dense(other.shape.vocabulary, steps=plan.steps)
             yield Cell("model", other.name, other, load)
     if "rows" in axes:
@@ -116,7 +120,7 @@ def run_cell(cell: Cell, places: Places, *, dtype: str, seconds: float) -> dict[
     Raises:
         BenchmarkError: the worker ended before its steps were done.
     """
-    job = make_job(cell.subject.folder, cell.workload, places.folder, dtype=dtype, r=cell.r)
+    job = make_job(cell.subject.folder, cell.workload, places, dtype=dtype, r=cell.r)
     settings = {"data": str(cell.data)} if cell.data else {}
     worker = Worker(CONTESTANTS["lorikeet"], replace(job, settings=settings), places)
     answers: list[Answer] = []

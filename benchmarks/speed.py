@@ -35,7 +35,7 @@ def measure_speed(
         r: rank of LoRA.
         warmup: rounds that do not count.
     """
-    job = make_job(subject.folder, workload, places.folder, dtype=dtype, r=r)
+    job = make_job(subject.folder, workload, places, dtype=dtype, r=r)
     everybody = [*contestants, gemm_of(subject.shape)]
     rounds = play(everybody, workload, job, places)
     summary = summarise(

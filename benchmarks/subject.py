@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.process import BenchmarkError
 from benchmarks.roofline import Shape
-from lorikeet.model import init_model
+from lorikeet.model import load_tokenizer
+from lorikeet.model.machine import DTYPES
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -29,13 +34,14 @@ class Subject:
     shape: Shape
 
 
-def make_subject(source: Path, scratch: Path, *, dtype: str) -> Subject:
+def make_subject(source: Path, scratch: Path, *, dtype: str, device: str) -> Subject:
     """Take a model folder as it is; of one without weights make a copy with seeded random ones.
 
     Args:
         source: folder with `config.json` and a tokenizer.
         scratch: where the copy is made.
         dtype: of the random weights; in bf16 everybody can load them without rounding.
+        device: where the random weights are drawn.
 
     Raises:
         BenchmarkError: there is no such folder.
@@ -46,7 +52,19 @@ def make_subject(source: Path, scratch: Path, *, dtype: str) -> Subject:
     if any(found for pattern in _WEIGHTS for found in source.glob(pattern)):
         return Subject(source.name, source, random=False, shape=shape)
     folder = scratch / source.name
-    base = init_model(source, seed=0, dtype=dtype)
-    base.model.save_pretrained(folder)  # type: ignore[operator]
-    base.tokenizer.save_pretrained(folder)
+    random_model(source, dtype=dtype, device=device).save_pretrained(folder)
+    load_tokenizer(source).save_pretrained(folder)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the GPU is the workers'
     return Subject(source.name, folder, random=True, shape=shape)
+
+
+def random_model(source: Path, *, dtype: str, device: str) -> Any:
+    """A model of a folder's `config.json` with seeded weights, made where and as they are wanted.
+
+    8 billion weights take 15 GiB in bf16 on the device: no copy in float32, none in main memory.
+    """
+    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])

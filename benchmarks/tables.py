@@ -38,7 +38,7 @@ def speed_table(workload: Workload, summary: Summary, facts: Facts) -> str:
         [
             name,
             _spread(line.tokens_per_second, ".0f"),
-            f"{line.seconds.median:.2f}",
+            _seconds(line.seconds.median),
             _spread(line.reference_is_faster, ".2f") if name != reference else "1",
             _extremes(line.reference_is_faster) if name != reference else "",
             f"{line.share_of_roofline.median:.0%}",
@@ -72,14 +72,27 @@ def speed_table(workload: Workload, summary: Summary, facts: Facts) -> str:
     return "\n".join(lines) + _paths(facts)
 
 
-def memory_table(workload: Workload, peaks: Mapping[str, int], loaded: Mapping[str, int]) -> str:
-    """Peaks in GiB, and those of the others divided by the first's."""
+def memory_table(
+    workload: Workload, peaks: Mapping[str, int], loaded: Mapping[str, int], *, device: str
+) -> str:
+    """Peaks in GiB, and those of the others divided by the first's.
+
+    Args:
+        workload: what was run.
+        peaks: by contestant, in bytes: of the process on a CPU, of the steps on a GPU.
+        loaded: those of loading.
+        device: cpu or cuda.
+    """
     reference, least = next(iter(peaks.items()))
     rows = [
         [name, f"{peak / 2**30:.2f}", f"{loaded[name] / 2**30:.2f}", f"{peak / least:.2f}"]
         for name, peak in peaks.items()
     ]
-    columns = ["contestant", "peak, GiB", "of it to load, GiB", f"times {reference}"]
+    parts = {
+        "cpu": ["peak, GiB", "of it to load, GiB"],
+        "cuda": ["peak of the steps, GiB", "peak of loading, GiB"],
+    }
+    columns = ["contestant", *parts[device], f"times {reference}"]
     head = f"### Peak memory, {workload.about}, {_count(len(workload.sizes), 'step')}, each alone"
     return f"{head}\n\n{markdown(columns, rows)}"
 
@@ -137,6 +150,11 @@ def _count(number: int, thing: str) -> str:
 def _spread(spread: Spread, form: str, scale: float = 1.0) -> str:
     q1, median, q3 = (f"{scale * x:{form}}" for x in (spread.q1, spread.median, spread.q3))
     return f"{median} [{q1}, {q3}]"
+
+
+def _seconds(seconds: float) -> str:
+    """Steps on a GPU take milliseconds."""
+    return f"{seconds:.2f}" if seconds >= 0.1 else f"{seconds:.4f}"
 
 
 def _extremes(spread: Spread) -> str:

@@ -66,18 +66,23 @@ class Workload:
         write_rows(self.rows, path)
 
 
-def dolly(data: Path, model: Path, *, steps: int, limit: int = 1500) -> Workload:
+def dolly(
+    data: Path, model: Path, *, steps: int, micro_examples: int = 2, limit: int = 1500
+) -> Workload:
     """Real rows of uneven length, rendered once by Lorikeet: 8 a step, completions supervised.
 
     Args:
         data: databricks-dolly-15k as jsonl, or any file that Lorikeet reads.
         model: folder whose tokenizer and template render them.
         steps: optimizer steps.
+        micro_examples: rows of a padded micro-batch; a divisor of 8.
         limit: rows of the file that are read.
 
     Raises:
-        BenchmarkError: there is no such file, or too few rows in it.
+        BenchmarkError: there is no such file or too few rows in it, or 8 cannot be divided so.
     """
+    if 8 % micro_examples:
+        raise BenchmarkError(f"8 rows cannot be divided into micro-batches of {micro_examples}")
     if not data.is_file():
         raise BenchmarkError(f"there is no data file {data}; name one with --data")
     config = DataConfig(path=str(data), limit=limit, max_length=512, validation=0.0)
@@ -87,7 +92,7 @@ def dolly(data: Path, model: Path, *, steps: int, limit: int = 1500) -> Workload
             f"{limit} rows of {data} are enough for {len(examples) // 8} steps, not for {steps}"
         )
     rows = [Row(list(example.ids), [int(x) for x in example.supervised]) for example in examples]
-    return Workload("dolly", "8 rows of Dolly, completions supervised", rows, 8, 2)
+    return Workload("dolly", "8 rows of Dolly, completions supervised", rows, 8, micro_examples)
 
 
 def dense(vocabulary: int, *, steps: int, examples: int = 2, length: int = 512) -> Workload:

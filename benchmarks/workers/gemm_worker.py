@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.protocol import Channel, Job
+from benchmarks.workers.meter import meter_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -35,14 +37,14 @@ class Product:
 
 def make_weights(job: Job) -> tuple[list[Tensor], Tensor]:
     """Random weights [out, in] of the shapes in the job's settings: the blocks', and the head's."""
-    dtype = DTYPES[job.dtype]
+    kind: Any = {"dtype": DTYPES[job.dtype], "device": job.device}
     linears = [
-        torch.randn(outputs, inputs, dtype=dtype)
+        torch.randn(outputs, inputs, **kind)
         for inputs, outputs, count in job.settings["linears"]
         for _ in range(count)
     ]
     inputs, outputs = job.settings["head"]
-    return linears, torch.randn(outputs, inputs, dtype=dtype)
+    return linears, torch.randn(outputs, inputs, **kind)
 
 
 def make_products(
@@ -54,7 +56,7 @@ def make_products(
     for weight, rows in [*((weight, tokens) for weight in linears), (head, supervised)]:
         key = (rows, weight.shape)
         if key not in shared:
-            x, y = (torch.randn(rows, n, dtype=weight.dtype) for n in reversed(weight.shape))
+            x, y = (weight.new_empty(rows, n).normal_() for n in reversed(weight.shape))
             shared[key] = Product(weight, x, y, (y.clone(), x.clone()))
         products.append(replace(shared[key], weight=weight))
     return products
@@ -62,10 +64,10 @@ def make_products(
 
 def main() -> None:
     """Do the job named on the command line."""
-    channel = Channel()
     job = Job.read(sys.argv[1])
+    channel = Channel(meter_of(job.device))
     linears, head = make_weights(job)
-    channel.hello(threads=torch.get_num_threads(), packages=["torch"])
+    channel.hello(threads=torch.get_num_threads(), device=head.device.type, packages=["torch"])
     for rows in job.step_rows():
         tokens = sum(len(row.ids) for row in rows)
         supervised = sum(sum(row.supervised) for row in rows)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.protocol import Channel, Job, read_rows
+from benchmarks.workers.meter import meter_of
 from lorikeet.api import DataConfig, LoraConfig, TrainConfig, add_lora, fit, load_data, load_model
 from lorikeet.data import Epochs, Example
 from lorikeet.model import Base
@@ -62,12 +63,12 @@ def placed(examples: Sequence[Example], config: TrainConfig) -> list[Example]:
 
 def main() -> None:
     """Do the job named on the command line."""
-    channel = Channel()
     job = Job.read(sys.argv[1])
+    channel = Channel(meter_of(job.device))
     train = options(job.settings, TRAIN_OPTIONS, TrainConfig.model_fields)
     config = TrainConfig(batch_size=job.step_examples, max_steps=job.steps, **train)
     load = options(job.settings, LOAD_OPTIONS, signature(load_model).parameters)
-    base = load_model(job.model, dtype=job.dtype, **load)
+    base = load_model(job.model, dtype=job.dtype, device=job.device, **load)
     examples, facts = read_examples(job, base)
     examples = placed(examples, config)
     if config.method == "lora":
@@ -75,6 +76,7 @@ def main() -> None:
         add_lora(base, LoraConfig(r=job.r, alpha=float(job.r), dropout=dropout))
     channel.hello(
         threads=torch.get_num_threads(),
+        device=base.machine.device.type,
         packages=["torch", "transformers", "lorikeet"],
         path=base.path_taken,
         packing=base.packing,

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.protocol import Channel, Job
+from benchmarks.workers.meter import meter_of
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
@@ -73,7 +74,7 @@ def options(job: Job, folder: str) -> SFTConfig:
         per_device_train_batch_size=job.micro_examples,
         gradient_accumulation_steps=job.step_examples // job.micro_examples,
         max_steps=job.steps,
-        use_cpu=True,
+        use_cpu=job.device == "cpu",
         max_length=max(512, *(len(row.ids) for rows in job.step_rows() for row in rows)),
         completion_only_loss=True,
         train_sampling_strategy="sequential",
@@ -87,8 +88,8 @@ def options(job: Job, folder: str) -> SFTConfig:
 
 def main() -> None:
     """Do the job named on the command line."""
-    channel = Channel()
     job = Job.read(sys.argv[1])
+    channel = Channel(meter_of(job.device))
     rows = [row for rows in job.step_rows() for row in rows]
     data = Dataset.from_dict(
         {
@@ -115,6 +116,7 @@ def main() -> None:
         turns.trainer = trainer
         channel.hello(
             threads=torch.get_num_threads(),
+            device=trainer.model.device.type,
             packages=["torch", "transformers", "peft", "trl", "accelerate"],
             trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             weights=sorted({str(p.dtype) for p in trainer.model.parameters()}),

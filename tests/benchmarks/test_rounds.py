@@ -87,13 +87,16 @@ def test_trl_runs_as_it_was_told_to(played: Played) -> None:
 
 @pytest.fixture
 def places(tmp_path: Path) -> Places:
-    return Places(python=PYTHON, peers_python=tmp_path / "none", folder=tmp_path, timeout=60)
+    none = tmp_path / "none"
+    return Places(
+        python=PYTHON, peers_python=none, unsloth_python=none, folder=tmp_path, timeout=60
+    )
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
+def job(tmp_path: Path, places: Places) -> Job:
     workload = dense(SHAPE.vocabulary, steps=2, examples=1, length=4)
-    return make_job(tmp_path / "nowhere", workload, tmp_path, dtype="fp32", r=4)
+    return make_job(tmp_path / "nowhere", workload, places, dtype="fp32", r=4)
 
 
 def test_a_worker_that_ends_says_why(places: Places, job: Job) -> None:

@@ -92,7 +92,8 @@ def test_the_speed_table() -> None:
 
 
 def test_the_other_tables() -> None:
-    text = memory_table(dense(9, steps=1), {"a": 2**30, "b": 3 * 2**30}, {"a": 0, "b": 2**30})
+    peaks, loaded = {"a": 2**30, "b": 3 * 2**30}, {"a": 0, "b": 2**30}
+    text = memory_table(dense(9, steps=1), peaks, loaded, device="cpu")
     assert "| b          |      3.00 |               1.00 |    3.00 |" in text
     text = parity_table([2.0, 1.0], "a", {"b": Deviation(0.01, 1, -0.005)}, {})
     assert "| b        |            1.000% |       2 |            -0.5000% |" in text

@@ -23,6 +23,7 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     PhiConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -46,6 +47,12 @@ _LLAMA: dict[str, Any] = {
 _GPT2: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
 _EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _GEMMA2: dict[str, Any] = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5}
+_LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0, 3.0, 4.0, 8.0],
+}
 ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_LLAMA),
     "mistral": lambda: MistralConfig(**_LLAMA, sliding_window=5),
@@ -56,6 +63,16 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
     "gemma3": lambda: Gemma3TextConfig(**_LLAMA, head_dim=8, sliding_window=5),
     "phi": lambda: PhiConfig(**{**_LLAMA, "num_key_value_heads": 2}),
     "gpt-neox": lambda: GPTNeoXConfig(**_COMMON, intermediate_size=24),
+    "llama-dynamic": lambda: LlamaConfig(
+        **{**_LLAMA, "max_position_embeddings": 16},
+        rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+    ),
+    "phi3-longrope": lambda: Phi3Config(
+        **_LLAMA,
+        original_max_position_embeddings=16,
+        eos_token_id=2,
+        rope_parameters=dict(_LONGROPE),  # transformers adds to it
+    ),
     "bloom": lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2),
     "gemma2": lambda: Gemma2Config(**_LLAMA, **_GEMMA2),
     "mamba": lambda: MambaConfig(

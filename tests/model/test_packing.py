@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +16,10 @@ from lorikeet.config import TrainConfig
 from lorikeet.data import Example, pack
 from lorikeet.evaluate import evaluate
 from lorikeet.generate import generate
-from lorikeet.model import empty_model, token_nll
+from lorikeet.model import empty_model, load_model, token_nll
 from lorikeet.model.attention import IMPLEMENTATION
 from lorikeet.model.packing import can_pack, enable_packing
+from lorikeet.model.rope import longest_unscaled
 from lorikeet.train import Hooks, fit, set_up
 
 CPU = torch.device("cpu")
@@ -97,6 +100,38 @@ def test_documents_never_see_each_other(architecture: Build, name: str, dtype: t
 def losses_of(model: nn.Module, examples: list[Example]) -> tuple[Tensor, Any]:
     batch = pack(examples)
     return token_nll(model, batch), batch
+
+
+@pytest.mark.parametrize("name", ["llama-dynamic", "phi3-longrope"])
+def test_angles_follow_each_document_alone(architecture: Build, name: str) -> None:
+    """Scaled by the longest position of a row: a long document must not turn the short ones."""
+    model = architecture(name)
+    long = max(DOCUMENTS, key=lambda example: len(example.ids))
+    assert len(long.ids) > longest_unscaled(model.config) == 16
+    with torch.no_grad():
+        expected = [hf_nats(architecture(name), example).item() for example in DOCUMENTS]
+        assert enable_packing(model, device=CPU)
+        for order in ([0, 1, 2, 3], [3, 2, 1, 0]):  # what came before must not matter either
+            documents = [DOCUMENTS[i] for i in order]
+            for packing in (True, False):
+                nats = evaluate(model, documents, packing=packing).nats
+                assert nats == pytest.approx([expected[i] for i in order], rel=1e-5)
+
+
+def test_angles_of_other_embeddings_ignore_lengths(architecture: Build) -> None:
+    for name in ("llama", "gemma3", "gpt2"):
+        assert longest_unscaled(architecture(name).config) == math.inf
+
+
+@pytest.mark.parametrize("fast", ["auto", "off"])
+def test_the_fast_path_leaves_scaled_angles_alone(
+    architecture: Build, tokenizer: Any, tmp_path: Path, fast: str
+) -> None:
+    architecture("llama-dynamic").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    base = load_model(tmp_path, dtype="fp32", fast=fast)
+    assert base.packing
+    assert base.nll is token_nll
 
 
 def test_the_window_matters(architecture: Build) -> None:

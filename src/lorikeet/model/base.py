@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +23,7 @@ from lorikeet.model.agreement import TokenNll, choose_nll
 from lorikeet.model.fingerprint import fingerprint, tokenizer_fingerprint
 from lorikeet.model.machine import DTYPES, Machine, choose
 from lorikeet.model.packing import enable_packing
+from lorikeet.model.rope import longest_unscaled
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -222,7 +224,9 @@ def empty_model(
 def _ready(model: Any, tokenizer: Any, source: str, machine: Machine, fast: str) -> Base:
     model.to(machine.device).eval()
     packing = enable_packing(model, device=machine.device)
-    nll, path_taken = choose_nll(model, asked=fast, packing=packing)
+    # The fast path runs a packed row as a whole, where `token_nll` can run long documents apart.
+    whole_rows = packing and longest_unscaled(model.config) == math.inf
+    nll, path_taken = choose_nll(model, asked=fast, packing=whole_rows)
     return Base(
         model=model,
         tokenizer=tokenizer,

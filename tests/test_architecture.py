@@ -25,6 +25,7 @@ FLOORS = {
     "config": 1,
     "console": 1,
     "files": 1,
+    "hub": 1,
     "parallel": 1,
     "lora": 2,
     "data": 2,

@@ -12,6 +12,9 @@ import pytest
 
 from lorikeet import starter
 
+MOST_ATTEMPTS = 3
+"""Two to find the hub, and one of transformers' own; every retry of a file would be one more."""
+
 _WATCH = """
 import os, socket
 
@@ -44,6 +47,11 @@ def watched(tmp_path: Path) -> dict[str, str]:
         k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     }
     return {**keep, "PYTHONPATH": path, "WATCH_LOG": str(tmp_path / "watch.log")}
+
+
+def attempts(watched: dict[str, str]) -> list[str]:
+    log = Path(watched["WATCH_LOG"])
+    return log.read_text(encoding="utf-8").splitlines() if log.exists() else []
 
 
 def lorikeet(watched: dict[str, str], *args: object) -> subprocess.CompletedProcess[str]:
@@ -87,11 +95,14 @@ def test_a_hub_id_without_a_network_says_so(tmp_path: Path, watched: dict[str, s
     assert run.returncode == 2
     assert "some/model" in run.stderr
     assert "Traceback" not in run.stderr
-    assert Path(watched["WATCH_LOG"]).exists()  # the watch does see attempts
+    assert "couldn't connect to 'https://huggingface.co'" in run.stderr
+    # The watch does see attempts.
+    assert 1 <= len(attempts(watched)) <= MOST_ATTEMPTS
     assert not (tmp_path / "run").exists()
 
 
-def test_a_hub_id_in_the_cache(tmp_path: Path, watched: dict[str, str]) -> None:
+@pytest.mark.parametrize("offline", ["1", ""])
+def test_a_hub_id_in_the_cache(tmp_path: Path, watched: dict[str, str], offline: str) -> None:
     repository = tmp_path / "cache" / "hub" / "models--some--model"
     commit = "0" * 40
     snapshot = repository / "snapshots" / commit
@@ -100,7 +111,9 @@ def test_a_hub_id_in_the_cache(tmp_path: Path, watched: dict[str, str]) -> None:
     (repository / "refs" / "main").write_text(commit, encoding="utf-8")
     for file in starter.folder().iterdir():
         (snapshot / file.name).write_bytes(file.read_bytes())
-    watched |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    watched |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": offline}
     run = lorikeet(watched, "generate", "--model", "some/model", "--prompt", "Count: fig, plum.")
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip()
+    assert len(attempts(watched)) <= MOST_ATTEMPTS
+    assert ("cannot be reached" in run.stderr) == (not offline)

@@ -161,6 +161,12 @@ def test_hub_rows_by_way_of_a_local_data_set(tmp_path: Path) -> None:
         "print(rows.format, rows.sha256, rows.origins)\n"
         "try: source.read_rows('nobody/nothing')\n"
         "except source.DataError as error: print(error)\n"
+        "import datasets, huggingface_hub.constants as hub\n"
+        "hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False\n"
+        "hub.ENDPOINT = 'http://127.0.0.1:9'\n"
+        "try: source.read_rows('nobody/nothing')\n"
+        "except source.DataError as error: print(error)\n"
+        "print(datasets.config.HF_HUB_OFFLINE)\n"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     result = subprocess.run(
@@ -171,7 +177,9 @@ def test_hub_rows_by_way_of_a_local_data_set(tmp_path: Path) -> None:
         check=True,
     )
     assert result.stdout.startswith(f"hub {source._sha256(ROWS[:1])} ['{tmp_path}:1']")
-    assert "there is no file nobody/nothing, and the hub data set" in result.stdout
+    assert result.stdout.count("there is no file nobody/nothing, and the hub data set") == 2
+    assert "127.0.0.1:9 cannot be reached" in result.stdout
+    assert result.stdout.endswith("and it is not in the cache\nFalse\n")
 
 
 def test_dolly(shared: Callable[[str], Path]) -> None:

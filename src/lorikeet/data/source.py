@@ -10,13 +10,15 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from lorikeet import hub
 from lorikeet.data.formats import READERS, Numbered
 from lorikeet.errors import DataError
 
@@ -94,16 +96,30 @@ def _read_hub(name: str, *, split: str, limit: int | None, revision: str | None)
             f"there is no file {name}; reading it as a hub data set needs the library datasets:"
             " pip install 'lorikeet[hub]'"
         ) from error
+    unreachable = hub.unreachable()
     try:  # datasets never runs a data set's own code since 4.0, the version that we ask for
-        data = datasets.load_dataset(name, split=split, revision=revision)
+        with _cache_only(datasets.config) if unreachable else nullcontext():
+            data = datasets.load_dataset(name, split=split, revision=revision)
     except Exception as error:  # it raises a dozen kinds, all of them about this name or the line
+        reason = f"{unreachable}, and it is not in the cache" if unreachable else error
         raise DataError(
             f"there is no file {name}, and the hub data set {name} (split {split})"
-            f" cannot be loaded: {error}"
+            f" cannot be loaded: {reason}"
         ) from error
     if limit is not None:
         data = data.select(range(min(limit, len(data))))
     return _rows(name, list(enumerate(data, 1)), format="hub")
+
+
+@contextmanager
+def _cache_only(settings: Any) -> Iterator[None]:
+    """Within the block datasets asks its cache without waiting for the hub first."""
+    before = settings.HF_HUB_OFFLINE
+    settings.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        settings.HF_HUB_OFFLINE = before
 
 
 def _rows(name: str, numbered: Sequence[Numbered], *, format: str) -> Rows:

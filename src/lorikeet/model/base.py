@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lorikeet import console
+from lorikeet import console, hub
 from lorikeet.errors import ModelError
 from lorikeet.model.agreement import TokenNll, choose_nll
 from lorikeet.model.fingerprint import fingerprint, tokenizer_fingerprint
@@ -101,7 +101,7 @@ def load_model(
     options = {
         "revision": revision,
         "trust_remote_code": trust_remote_code,
-        "local_files_only": local,
+        "local_files_only": local or _without_hub(),
     }
     config = _load_config(source, options)
     tokenizer = _load_tokenizer(source, options)
@@ -112,6 +112,9 @@ def load_model(
             dtype=machine.dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, all of them
+            adapter_kwargs={
+                "local_files_only": options["local_files_only"]
+            },  # else the hub is asked
             **options,
         )
     _check_loading(source, report)
@@ -135,7 +138,7 @@ def load_tokenizer(
         {
             "revision": revision,
             "trust_remote_code": trust_remote_code,
-            "local_files_only": alone or _is_local(source),
+            "local_files_only": alone or _is_local(source) or _without_hub(),
         },
     )
 
@@ -151,7 +154,7 @@ def init_model(
     """Make a model with seeded random weights from a folder's `config.json` and tokenizer."""
     source = str(folder)
     machine = choose(device=device, dtype=dtype)
-    options = {"local_files_only": _is_local(source)}
+    options = {"local_files_only": _is_local(source) or _without_hub()}
     config = _load_config(source, options)
     tokenizer = _load_tokenizer(source, options)
     with torch.random.fork_rng(), _loading(f"cannot make a model of {source}"):
@@ -212,7 +215,7 @@ def empty_model(
         {
             "revision": revision,
             "trust_remote_code": trust_remote_code,
-            "local_files_only": _is_local(source),
+            "local_files_only": _is_local(source) or _without_hub(),
         },
     )
     with torch.device("meta"), _loading(f"cannot make a model of {source}"):
@@ -261,6 +264,14 @@ def _is_local(source: str) -> bool:
             " or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
         )
     return False
+
+
+def _without_hub() -> bool:
+    """Whether the hub cannot be reached, so that nothing but its cache can help; says so."""
+    reason = hub.unreachable()
+    if reason:
+        console.warn(f"{reason}: only models in its cache can be used")
+    return reason is not None
 
 
 def _listing(folder: Path) -> str:

@@ -157,6 +157,7 @@ def test_an_unknown_section() -> None:
         ("lora.rank_pattern", "{q_proj: 8"),
         ("model.dtype", "int8"),
         ("model.threads", 0),
+        ("model.threads", 100_000),
         ("data.limit", 0),
         ("data.max_length", 7),
         ("data.supervise", "none"),
@@ -172,6 +173,7 @@ def test_an_unknown_section() -> None:
         ("train.weight_decay", -1),
         ("train.max_grad_norm", -1),
         ("train.seed", -1),
+        ("train.seed", 2**64),
         ("train.max_tokens", 1),
         ("train.keep_last", 0),
         ("train.tensorboard", "perhaps"),
@@ -307,6 +309,13 @@ def test_patience_needs_evaluations() -> None:
     assert "train.patience needs train.eval_every" in problems({"train.patience": 2})[0]
     overrides = {"train.patience": 2, "train.eval_every": 1, "data.validation": 0}
     assert "data.validation is 0" in problems(overrides)[0]
+
+
+def test_options_that_full_fine_tuning_does_not_use() -> None:
+    given = {"lora.r": 8, "lora.new_tokens": ["<a>"], "train.loraplus_lr_ratio": 16}
+    assert load_config(None, given).unused() == []
+    full = load_config(None, {**given, "train.method": "full"})
+    assert full.unused() == ["lora.r", "train.loraplus_lr_ratio"]
 
 
 def test_required_options_are_all_named() -> None:

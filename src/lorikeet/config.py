@@ -46,7 +46,12 @@ class ModelConfig(_Section):
         " natively, else fp32",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    threads: int | None = Field(None, ge=1, description="CPU threads; all cores if not given")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        le=1024,  # a pool of very many threads cannot be made, which ends the process
+        description="CPU threads; all cores if not given",
+    )
     fast: Literal["auto", "off"] = Field(
         "auto",
         description="auto runs architectures that Lorikeet has kernels for through them, if a trial"
@@ -156,7 +161,9 @@ class TrainConfig(_Section):
     )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 for none")
-    seed: int = Field(0, ge=0, description="seeds adapters, data order, split and dropout")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="seeds adapters, data order, split and dropout"
+    )
     max_tokens: int = Field(
         4096, ge=8, description="tokens per packed micro-batch; changes memory, not the result"
     )
@@ -204,6 +211,14 @@ class RunConfig(_Section):
         if self.train.patience is not None and self.data.validation == 0:
             raise ValueError("train.patience needs validation rows: data.validation is 0")
         return self
+
+    def unused(self) -> list[str]:
+        """Options that say something about adapters, given to a run that trains every weight."""
+        if self.train.method == "lora":
+            return []
+        lora = self.lora.model_dump(exclude_defaults=True, exclude={"new_tokens"})
+        plus = {"loraplus_lr_ratio"} & set(self.train.model_dump(exclude_defaults=True))
+        return [f"lora.{key}" for key in lora] + [f"train.{key}" for key in plus]
 
     def require(self, *names: str) -> None:
         """Raise if one of these options (`model.path`, ...) was not given."""

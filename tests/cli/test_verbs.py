@@ -129,6 +129,39 @@ def test_resume_with_other_options_is_refused(
     assert "lora.r: started with 4, now 8" in capsys.readouterr().err
 
 
+def test_a_finished_run_is_not_made_longer_in_silence(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--resume", "--out", str(finished), "--train.max_steps", "16"]) == 2
+    assert "train.max_steps: started with 8, now 16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--train.warmup", "5"], "the warm-up (5 steps) is as long as the run (2)"),
+        (["--method", "full", "--lora.r", "4"], "lora.r change nothing"),
+    ],
+)
+def test_options_without_effect_are_told(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], told: str
+) -> None:
+    argv = ["--model", str(starter.folder()), "--data", str(rows), "--out", str(tmp_path / "out")]
+    assert main(["train", *argv, "--train.max_steps", "2", *options]) == 0
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_patience_without_held_out_rows_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, out = tmp_path / "one.jsonl", tmp_path / "out"
+    one.write_text('{"prompt": "Say plum.", "completion": "Arr, plum!"}\n', encoding="utf-8")
+    argv = ["train", "--model", str(starter.folder()), "--data", str(one), "--out", str(out)]
+    assert main([*argv, "--train.patience", "1", "--train.eval_every", "1"]) == 2
+    assert "none are held out" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_resume_on_other_data_is_refused(
     finished: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

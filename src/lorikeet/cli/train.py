@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from lorikeet.study import RunFolder, train_run
 
     if args.resume and config.out and RunFolder(config.out).finished:
+        RunFolder(config.out).check(config, resume=True)
         console.note(f"the run in {config.out} is finished: nothing to resume")
         return 0
     result = train_run(config, resume=args.resume)

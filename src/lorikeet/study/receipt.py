@@ -146,7 +146,7 @@ def _report(result: RunResult, config: RunConfig, receipt: dict[str, Any]) -> st
 
 def _scores(result: RunResult, method: str) -> str:
     if result.base is None or result.tuned is None:
-        return "No rows were held out (`data.validation` is 0), so nothing was measured."
+        return "No rows were held out, so nothing was measured."
     rows = [
         "| validation | nll (nats/token) | standard error | perplexity | bits per byte |",
         "|---|---|---|---|---|",

@@ -67,6 +67,8 @@ def train_run(config: RunConfig, *, resume: bool = False, label: str = "training
     config.require("model.path", "data.path", "out")
     folder = RunFolder(str(config.out))
     folder.check(config, resume=resume)
+    if unused := config.unused():
+        console.warn(f"--method full trains every weight: {', '.join(unused)} change nothing")
     base, prepared, renderer = load(config)
     return run_on(base, prepared, renderer, config, label=label, announce=console.note)
 
@@ -119,6 +121,17 @@ def run_on(
     folder = RunFolder(str(config.out))
     parameters = make_trainable(base, config)
     setup = set_up(base.model, prepared.train, config.train, packing=base.packing, nll=base.nll)
+    if config.train.patience and not prepared.validation:
+        raise ConfigError(
+            "train.patience needs validation rows, and none are held out: give more rows, or a"
+            " file of its own with --data.validation"
+        )
+    if setup.schedule.warmup_steps >= setup.total_steps:
+        console.warn(
+            f"the warm-up ({setup.schedule.warmup_steps} steps) is as long as the run"
+            f" ({setup.total_steps}): the learning rate never gets to {config.train.peak:g};"
+            " lower --train.warmup"
+        )
     announce(_announcement(base, prepared, parameters, setup, config))
     folder.claim(config, identify(base, prepared))
 
@@ -279,8 +292,6 @@ def _train(
     state = checkpoints.restore(setup.optimizer) or TrainState()
     if state.step:
         console.note(f"resumed after step {state.step} of {setup.total_steps}")
-    if options.patience and validate is None:
-        raise ConfigError("train.patience needs validation rows: data.validation is 0")
     sinks: list[Callable[[dict[str, Any]], None]] = [
         MetricsLog(folder.metrics, resume_step=state.step)
     ]

@@ -81,14 +81,15 @@ class Places:
             )
         return found
 
-    def environment(self) -> dict[str, str]:
-        """The workers' environment variables.
+    def environment(self, contestant: Contestant) -> dict[str, str]:
+        """The environment variables of a contestant's worker.
 
         On a CPU nobody sees a GPU: some contestants would take it, some not. On a GPU everybody
         sees one, the first: some would spread over several.
         """
         found = {**os.environ, **_VARIABLES}
-        found["UNSLOTH_COMPILE_LOCATION"] = str(self.folder / "unsloth-compiled")
+        # Two that write their compiled code to one folder would get in each other's way.
+        found["UNSLOTH_COMPILE_LOCATION"] = str(self.folder / f"{contestant.name}-compiled")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         found["CUDA_VISIBLE_DEVICES"] = visible if self.device == "cuda" else ""
         if self.threads:
@@ -122,7 +123,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 cwd=ROOT,
-                env=places.environment(),
+                env=places.environment(contestant),
                 bufsize=0,
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,9 @@ def make_subject(source: Path, scratch: Path, *, dtype: str, device: str) -> Sub
     folder = scratch / source.name
     random_model(source, dtype=dtype, device=device).save_pretrained(folder)
     load_tokenizer(source).save_pretrained(folder)
-    if device == "cuda":
-        torch.cuda.empty_cache()  # the GPU is the workers'
+    if device == "cuda":  # which is the workers'
+        gc.collect()
+        torch.cuda.empty_cache()
     return Subject(source.name, folder, random=True, shape=shape)
 
 
@@ -65,6 +67,6 @@ def random_model(source: Path, *, dtype: str, device: str) -> Any:
     8 billion weights take 15 GiB in bf16 on the device: no copy in float32, none in main memory.
     """
     config = AutoConfig.from_pretrained(source, local_files_only=True)
-    with torch.random.fork_rng(), torch.device(device):
+    with torch.random.fork_rng([0] if device == "cuda" else []), torch.device(device):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])

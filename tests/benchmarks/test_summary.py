@@ -100,3 +100,9 @@ def test_the_other_tables() -> None:
     cell = {"axis": "rank", "value": "4", "about": "x", "steps": 0}
     blank = {"tokens_per_second": None, "peak_bytes": None, "prepare_seconds": None}
     assert "| rank 4 |          |           |" in scaling_table([{**cell, **blank}])
+
+
+def test_peaks_of_a_gpu_are_those_of_the_steps() -> None:
+    text = memory_table(dense(9, steps=1), {"a": 2**30}, {"a": 2**31}, device="cuda")
+    assert "| peak of the steps, GiB | peak of loading, GiB |" in text
+    assert "| a          |                   1.00 |                 2.00 |" in text

@@ -62,3 +62,15 @@ def test_dolly_is_lorikeets_rendering(stories: Path, questions: Path) -> None:
         assert row.supervised[0] == 0 < sum(row.supervised) < len(row.ids)
     with pytest.raises(BenchmarkError, match="enough for 3 steps, not for 9"):
         dolly(questions, stories, steps=9)
+
+
+@pytest.mark.parametrize(("micro", "expected"), [(2, 2), (8, 8)])
+def test_micro_batches(micro: int, expected: int, stories: Path, questions: Path) -> None:
+    workload = dolly(questions, stories, steps=1, micro_examples=micro)
+    assert (workload.step_examples, workload.micro_examples) == (8, expected)
+    assert workload.rows == dolly(questions, stories, steps=1).rows
+
+
+def test_micro_batches_that_do_not_fit(stories: Path, questions: Path) -> None:
+    with pytest.raises(BenchmarkError, match="8 rows cannot be divided into micro-batches of 3"):
+        dolly(questions, stories, steps=1, micro_examples=3)

@@ -170,7 +170,7 @@ def picture(name: str, figure: Figure, *, title: str, caption: str) -> Picture:
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
-    figure.set_layout_engine("none")
+    figure.set_layout_engine(None)  # "none" would lay it out again for each format
     return Picture(name, title, caption, render(figure, "svg"), render(figure, "png"))
 
 

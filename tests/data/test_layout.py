@@ -128,6 +128,14 @@ def test_ignored_columns_are_named() -> None:
     assert layout.columns == {"instruction": "instruction", "response": "response"}
 
 
+def test_ignored_keys_of_messages_are_named() -> None:
+    odd = {**ANSWER, "name": "Bob", "weight": 1, "tool_calls": None}
+    read = rows({"messages": [USER, odd], "id": 1})
+    layout = detect(read)
+    assert layout.ignored == ("id", "messages.name")
+    assert normalise(read, layout) == [Turns((USER, ANSWER))]
+
+
 def test_one_odd_row_does_not_decide() -> None:
     found = problems({"text": "odd"}, *[{"prompt": "q", "completion": "a"}] * 3)
     assert found == ("d.jsonl:1: prompt is missing", "d.jsonl:1: completion is missing")
@@ -183,6 +191,14 @@ BAD_MESSAGES = {
     "messages[1]: content: expected text, found a list": [
         USER,
         {"role": "assistant", "content": [{"type": "text"}]},
+    ],
+    "messages[1]: tool_calls: calls of tools cannot be trained on; write them into content": [
+        USER,
+        {**ANSWER, "tool_calls": [{"function": {"name": "f"}}]},
+    ],
+    "messages[1]: weight 0: every turn counts alike; --data.supervise chooses": [
+        USER,
+        {**ANSWER, "weight": 0},
     ],
     "messages[1]: content is empty": [USER, {"role": "assistant", "content": " "}],
     "messages[1]: content is missing": [USER, {"role": "assistant"}],

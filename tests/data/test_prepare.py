@@ -83,7 +83,7 @@ def test_a_validation_file(twenty: str, tmp_path: Path, tiny: Any) -> None:
 
 
 def test_a_single_document_is_split_by_windows(tmp_path: Path, tiny: Any) -> None:
-    text = "The capital of France is Paris. " * 40
+    text = "".join(f"The capital of island {i} is Port {i * i}. " for i in range(25))
     (tmp_path / "book.txt").write_text(text)
     config = DataConfig(path=str(tmp_path / "book.txt"), max_length=32, validation=0.2)
     prepared = prepare(config, tiny, seed=0)
@@ -148,6 +148,25 @@ def test_preflight_warns(tmp_path: Path, tiny_chat: Any) -> None:
     assert len(warnings) == 2
     assert warnings[0].startswith("1 of 3 rows are longer than --data.max_length 48")
     assert warnings[1].startswith("1 of 3 examples have control tokens in their own text")
+
+
+def test_copies_on_both_sides_of_a_split_are_told(twenty: str, tmp_path: Path, tiny: Any) -> None:
+    prepared = prepare(DataConfig(path=twenty, validation=twenty), tiny, seed=0)
+    assert prepared.report.copies == 20
+    (warning,) = preflight(prepared, tokenizer=tiny, max_length=512)
+    assert warning.startswith("20 of 20 held-out examples are copies of training examples")
+    assert prepare(DataConfig(path=twenty), tiny, seed=0).report.copies == 0
+
+
+def test_columns_that_would_be_missed_are_told(tmp_path: Path, tiny: Any) -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "thinking": "hm"}]
+    rows = [{"conversations": turns, "system": "Be brief.", "id": i} for i in range(4)]
+    prepared = prepare(
+        DataConfig(path=write(tmp_path / "d.jsonl", rows), validation=0), tiny, seed=0
+    )
+    assert prepared.layout.ignored == ("system", "id", "conversations.thinking")
+    (warning,) = preflight(prepared, tokenizer=tiny, max_length=512)
+    assert warning.startswith("the rows have system, conversations.thinking, which the layout")
 
 
 def test_dolly_on_a_real_tokenizer(

@@ -11,7 +11,7 @@ The layout that fits the most rows is taken; of several that fit equally, the fi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,7 @@ class Layout:
     Attributes:
         name: messages, prompt-completion, instruction or text.
         columns: part of the layout to the column that holds it.
-        ignored: columns that are not used.
+        ignored: columns that are not used, and keys of messages (`messages.name`).
     """
 
     name: str
@@ -92,6 +92,7 @@ _FORMS = {
     ),
     "text": _Form({"text": ("text",)}, {}),
 }
+_MESSAGE_KEYS = {"role", "content", "from", "value", "weight", "tool_calls", "function_call"}
 _ROLES = {
     "system": "system",
     "user": "user",
@@ -123,7 +124,22 @@ def detect(rows: Rows) -> Layout:
         if counts[column]:
             columns[part] = column
     used = set(columns.values())
-    return Layout(name, columns, tuple(column for column in counts if column not in used))
+    ignored = [str(column) for column in counts if column not in used]
+    return Layout(name, columns, (*ignored, *_ignored_keys(rows, columns.values())))
+
+
+def _ignored_keys(rows: Rows, columns: Collection[str]) -> list[str]:
+    """Keys that messages have beside what is said and by whom, each once."""
+    entries = (
+        (column, entry)
+        for row in rows.rows
+        for column in columns
+        if isinstance(row.get(column), list)
+        for entry in row[column]
+        if isinstance(entry, dict)
+    )
+    found = {f"{column}.{key}": key for column, entry in entries for key in entry}
+    return [name for name, key in found.items() if key not in _MESSAGE_KEYS]
 
 
 def normalise(rows: Rows, layout: Layout) -> list[Row]:
@@ -236,6 +252,11 @@ def _message(entry: object, place: str, problems: list[str]) -> Message | None:
         problems.append(f"{place}: expected a role system, user or assistant, found {found}")
         return None
     own: list[str] = []
+    for calls in ("tool_calls", "function_call"):
+        if entry.get(calls):
+            own.append(f"{calls}: calls of tools cannot be trained on; write them into {keys[1]}")
+    if entry.get("weight", 1) != 1:
+        own.append(f"weight {entry['weight']}: every turn counts alike; --data.supervise chooses")
     content = _string(entry, keys[1], own, may_be_empty=role != "assistant")
     problems.extend(f"{place}: {problem}" for problem in own)
     return {"role": role, "content": content}

@@ -15,6 +15,12 @@ from lorikeet.data.source import read_rows
 from lorikeet.data.tokenizer import Tokenizer
 from lorikeet.errors import DataError
 
+_TELLING = {
+    *("system", "system_prompt", "tools", "functions", "history", "reasoning", "thinking"),
+    *("reasoning_content", "input", "context", "output", "response", "answer", "completion"),
+}
+"""Names of columns and of messages' keys that mean something to a model."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -32,6 +38,7 @@ class Report:
             token of the tokenizer reaches over the end of the prompt.
         rewritten: examples whose template shows earlier turns otherwise than when they were last.
         special_in_text: rows whose own text holds control tokens, which are read as such.
+        copies: held-out examples that are, token by token, training examples too.
         longest: tokens of the longest example.
         mean_length: tokens of the average example.
         needed_length: the smallest `max_length` at which every row has a supervised token.
@@ -47,6 +54,7 @@ class Report:
     boundary_merges: int
     rewritten: int
     special_in_text: int
+    copies: int
     longest: int
     mean_length: float
     needed_length: int
@@ -129,6 +137,8 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
     kept_train = [(i, rendered) for i in train for rendered in _kept(source.units[i])]
     kept_validation = [rendered for unit in validation for rendered in _kept(unit)]
     used = [*(source.units[i] for i in train), *validation]
+    trained_on = {rendered.example.ids for _, rendered in kept_train}
+    copies = sum(rendered.example.ids in trained_on for rendered in kept_validation)
     plain = source.layout.name == "text"
     return Prepared(
         train=[rendered.example for _, rendered in kept_train],
@@ -143,7 +153,9 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
         sha256=source.sha256,
         validation_sha256=held_out.sha256 if held_out else None,
         report=_report(
-            [r for u in used for r in u], rows=source.n_rows + (held_out.n_rows if held_out else 0)
+            [r for u in used for r in u],
+            rows=source.n_rows + (held_out.n_rows if held_out else 0),
+            copies=copies,
         ),
     )
 
@@ -172,7 +184,12 @@ def preflight(prepared: Prepared, *, tokenizer: Tokenizer, max_length: int) -> l
         problems.append(_never_stops(report, tokenizer, max_length))
     if problems:
         raise DataError("this data cannot be trained on as it is", problems)
-    return [*([full + "; they are left out"] if lost else []), *_warnings(report, max_length)]
+    return [
+        *([full + "; they are left out"] if lost else []),
+        *_warnings(report, max_length),
+        *_copies(report, held_out=len(prepared.validation)),
+        *_unused(prepared.layout),
+    ]
 
 
 def _never_stops(report: Report, tokenizer: Tokenizer, max_length: int) -> str:
@@ -197,6 +214,26 @@ def _warnings(report: Report, max_length: int) -> list[str]:
         " are read as control tokens": report.special_in_text,
     }
     return [sentence for sentence, count in facts.items() if count]
+
+
+def _copies(report: Report, *, held_out: int) -> list[str]:
+    if not report.copies:
+        return []
+    return [
+        f"{report.copies} of {held_out} held-out examples are copies of training examples: figures"
+        " on them show what was learnt by heart; take the doubles out of the file"
+    ]
+
+
+def _unused(layout: Layout) -> list[str]:
+    """A warning of columns and keys that by their names belong to what should be learnt."""
+    names = [name for name in layout.ignored if name.rpartition(".")[2] in _TELLING]
+    if not names:
+        return []
+    return [
+        f"the rows have {', '.join(names)}, which the layout {layout.name} does not use: nothing of"
+        " it is trained on"
+    ]
 
 
 @dataclass(frozen=True)
@@ -229,7 +266,7 @@ def _kept(unit: Iterable[Rendered]) -> list[Rendered]:
     return [rendered for rendered in unit if any(rendered.example.supervised)]
 
 
-def _report(rendered: Sequence[Rendered], *, rows: int) -> Report:
+def _report(rendered: Sequence[Rendered], *, rows: int, copies: int) -> Report:
     kept = [one for one in rendered if any(one.example.supervised)]
     lengths = [len(one.example.ids) for one in kept]
     return Report(
@@ -243,6 +280,7 @@ def _report(rendered: Sequence[Rendered], *, rows: int) -> Report:
         boundary_merges=sum(one.boundary_merge for one in kept),
         rewritten=sum(one.rewritten for one in kept),
         special_in_text=sum(one.special_in_text for one in kept),
+        copies=copies,
         longest=max(lengths, default=0),
         mean_length=sum(lengths) / max(len(lengths), 1),
         needed_length=max((one.needed_length for one in rendered), default=0),

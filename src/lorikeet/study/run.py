@@ -357,13 +357,15 @@ def _announcement(
     machine, report = base.machine, prepared.report
     rows = f"{report.rows:,} rows ({prepared.layout.name}, template {prepared.template_name})"
     train, held_out = len(prepared.train), len(prepared.validation)
+    ignored = prepared.layout.ignored
+    unused = f"; not used: {', '.join(ignored)}" if ignored else ""
     layout = "packed" if base.packing else "one document a row: this architecture cannot pack"
     return (
         f"model     {base.path}: {parameters.base:,} parameters,"
         f" {parameters.trainable:,} trainable ({parameters.percent:.2f} %)\n"
         f"machine   {machine.device}, {machine.dtype_name} ({machine.reason}),"
         f" {torch.get_num_threads()} threads\n"
-        f"data      {rows}: {train:,} examples to train on, {held_out:,} held out\n"
+        f"data      {rows}: {train:,} examples to train on, {held_out:,} held out{unused}\n"
         f"training  {setup.total_steps} steps of {setup.steps.order.batch_size} examples, {layout};"
         f" {'generic path: no kernel for DoRA' if carries_dora(base.model) else base.path_taken}"
         f"{', int8' * config.train.int8}" + (f"\nmemory    {setup.fit}" if setup.fit else "")

@@ -172,6 +172,16 @@ def test_a_document_never_feels_another(window: int | None, value: str) -> None:
                 assert not torch.equal(after[name][~outside], was[~outside])
 
 
+def test_empty_documents_change_nothing() -> None:
+    given = halved(inputs([5, 70]))
+    results = []
+    for bounds in ([0, 5, 75], [0, 0, 5, 5, 75, 75, 75]):
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+        output = attend(*given.values(), cu_seqlens, scale=0.2)
+        results.append([output, *torch.autograd.grad(output.sum(), list(given.values()))])
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
 def test_a_document_is_what_it_is_alone() -> None:
     lengths = [65, 5, 130]
     tensors = halved(inputs(lengths))

@@ -131,3 +131,14 @@ def test_the_number_of_threads_changes_nothing(threads: Threads) -> None:
         threads(count)
         results.append(Dropout(0.3, 3)(x))
     assert torch.equal(*results)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_may_be_a_tensor(key: int, dtype: torch.dtype) -> None:
+    x = torch.randn(MANY, dtype=dtype)
+    signed = key - 2**32 if key >= 2**31 else key
+    own, other = Dropout(0.3, key), Dropout(0.3, torch.tensor(signed, dtype=torch.int32))
+    assert torch.equal(own(x), other(x))
+    assert torch.equal(own.add_(x.clone(), x), other.add_(x.clone(), x))

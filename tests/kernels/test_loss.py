@@ -190,3 +190,43 @@ def test_the_number_of_threads_changes_nothing(threads: Threads, dtype: torch.dt
         nll = kernel(hidden, weight, None)
         results.append((nll, torch.autograd.grad(nll.sum(), hidden)[0]))
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+@pytest.mark.usefixtures("way", "_chunks")
+@pytest.mark.parametrize("upstream", ["ones", "uneven"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_without_a_target(check: Check, dtype: torch.dtype, upstream: str) -> None:
+    """They count nothing, whatever their logits are, and leave the gradients of others alone."""
+    chosen = targets(70, 172)
+    chosen[3::5] = -1
+    chosen[64:] = -100
+
+    def with_gaps(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return head_nll(hidden, weight, bias, chosen)
+
+    def exact(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+        nll = torch.nn.functional.cross_entropy(logits, chosen.clamp(min=0), reduction="none")
+        return nll.masked_fill(chosen < 0, 0.0)
+
+    options = {"dtype": dtype, "upstream": [upstreams(70)[upstream]]}
+    check(with_gaps, exact, inputs((70, 20, 172)), **options)
+    spoilt = inputs((70, 20, 172), bias=False)
+    given = [t.to(dtype).requires_grad_() for t in spoilt.values() if t is not None]
+    with torch.no_grad():
+        given[0][3] = float("nan")
+    nll = head_nll(*given, None, chosen)
+    (dhidden,) = torch.autograd.grad(nll.sum(), given[0])
+    assert nll[3] == 0 and torch.isfinite(nll).all()
+    assert not dhidden[3].any() and torch.isfinite(dhidden).all()
+
+
+def test_a_sum_is_known_without_reading_it() -> None:
+    """What lets a head be trained in a CUDA graph, where nothing can be read."""
+    weight = torch.randn(61, 16, device="meta", requires_grad=True)
+    hidden, chosen = (
+        torch.randn(9, 16, device="meta"),
+        torch.zeros(9, dtype=torch.long, device="meta"),
+    )
+    (gradient,) = torch.autograd.grad(head_nll(hidden, weight, None, chosen).sum(), weight)
+    assert gradient.shape == weight.shape

@@ -12,45 +12,49 @@ from typing import Any
 import pytest
 
 from lorikeet.errors import ConfigError
-from lorikeet.model.budget import Footprint, fit_memory
-from lorikeet.model.machine import memory_held
+from lorikeet.model.budget import Fit, Footprint, fit_memory
 
 FOOTPRINT = Footprint(fixed=10**6, token=1000, block=80, working=0, blocks=10)
 
 
+HELD = 3 * 10**8
+
+
+def fitted(footprint: Footprint, **options: Any) -> Fit:
+    return fit_memory(footprint, held=HELD, what="train.max_memory", **options)
+
+
 def limit(tokens: int, *, recompute: int = 0, footprint: Footprint = FOOTPRINT) -> int:
-    """A limit that micro-batches of `tokens` just meet, now."""
-    return memory_held() + footprint.needed(tokens, recompute) + 10**6
+    """A limit that micro-batches of `tokens` just meet."""
+    return HELD + footprint.needed(tokens, recompute) + 10**6
 
 
 def test_without_need_nothing_is_given_up() -> None:
-    fit = fit_memory(FOOTPRINT, limit=10**12, max_tokens=4096, longest=512)
+    fit = fitted(FOOTPRINT, limit=10**12, max_tokens=4096, longest=512)
     assert (fit.max_tokens, fit.recompute) == (4096, 0)
 
 
 def test_smaller_micro_batches_come_first() -> None:
     footprint = replace(FOOTPRINT, token=10**6)
-    fit = fit_memory(
-        footprint, limit=limit(1024, footprint=footprint), max_tokens=4096, longest=512
-    )
+    fit = fitted(footprint, limit=limit(1024, footprint=footprint), max_tokens=4096, longest=512)
     assert (fit.max_tokens, fit.recompute) == (1024, 0)
 
 
 def test_then_as_few_blocks_as_possible_are_computed_twice() -> None:
     footprint = replace(FOOTPRINT, token=10**6, block=9 * 10**4)
     room = limit(512, recompute=4, footprint=footprint)
-    fit = fit_memory(footprint, limit=room, max_tokens=4096, longest=500)
+    fit = fitted(footprint, limit=room, max_tokens=4096, longest=500)
     assert (fit.max_tokens, fit.recompute) == (512, 4)
     assert "4 of 10 blocks computed twice" in str(fit)
 
 
 def test_what_cannot_fit_is_refused_with_figures() -> None:
     with pytest.raises(ConfigError, match=r"max_memory is 1\.0 GB.*longest example \(512 tokens\)"):
-        fit_memory(replace(FOOTPRINT, fixed=10**10), limit=10**9, max_tokens=4096, longest=512)
+        fitted(replace(FOOTPRINT, fixed=10**10), limit=10**9, max_tokens=4096, longest=512)
 
 
 def test_an_example_longer_than_a_micro_batch_is_still_fitted() -> None:
-    fit = fit_memory(FOOTPRINT, limit=10**12, max_tokens=512, longest=1000)
+    fit = fitted(FOOTPRINT, limit=10**12, max_tokens=512, longest=1000)
     assert fit.max_tokens == 1024
 
 

@@ -27,6 +27,7 @@ class Batch:
         ids: token ids, int64 `[T]`.
         positions: position of each token in its own document, int64 `[T]`.
         cu_seqlens: document boundaries, int32 `[D + 1]`; document d is `ids[cu[d] : cu[d + 1]]`.
+            They stay on the CPU: how a row is cut must be known without waiting for a GPU.
         rows: where a supervised token is predicted, int64 `[S]`: the hidden state at `rows[s]`
             predicts `targets[s]`.
         targets: the supervised tokens, int64 `[S]`.
@@ -56,11 +57,11 @@ class Batch:
         return self.targets.numel()
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch with every tensor on `device`."""
+        """Return the batch with every tensor but `cu_seqlens` on `device`."""
         return Batch(
             ids=self.ids.to(device),
             positions=self.positions.to(device),
-            cu_seqlens=self.cu_seqlens.to(device),
+            cu_seqlens=self.cu_seqlens,
             rows=self.rows.to(device),
             targets=self.targets.to(device),
             documents=self.documents.to(device),

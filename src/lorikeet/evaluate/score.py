@@ -18,8 +18,7 @@ from torch import nn
 from lorikeet.data.batch import micro_batches, pack
 from lorikeet.data.example import Example
 from lorikeet.errors import DataError
-from lorikeet.model.agreement import TokenNll
-from lorikeet.model.loss import token_nll
+from lorikeet.model.loss import TokenNll, token_nll
 
 Z95 = 1.959963984540054
 """Two-sided 95 % point of the normal distribution."""

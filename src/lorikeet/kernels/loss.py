@@ -13,10 +13,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorikeet.kernels import int8, native
+from lorikeet.kernels.fused import fused
 from lorikeet.kernels.int8 import Int8Weight
 
 CHUNK_BYTES = 24 << 20
 """Size of a chunk of logits: enough rows to make good use of the head's weight, and no more."""
+
+CHUNK_BYTES_GPU = 256 << 20
+"""The same where many more rows are computed at once."""
 
 
 def head_nll(
@@ -33,7 +37,7 @@ def head_nll(
         hidden: [S, I], the normalised hidden rows.
         weight: [V, I].
         bias: [V], or None.
-        targets: int64 [S].
+        targets: int64 [S]; a row whose target is negative counts nothing and has no gradient.
         rounded: the frozen weight in int8, which makes the logits in its place. Their gradient
             goes through the weight itself: probabilities span more than 127 steps.
 
@@ -68,7 +72,7 @@ class _HeadNll(torch.autograd.Function):
             dhidden = dhidden * dnll[:, None].to(dhidden.dtype)
         if dweight is not None or dbias is not None:
             # These were summed as if every row counted once, which holds up to a common factor.
-            if bool((dnll == dnll[:1]).all()):
+            if _is_uniform(dnll):
                 dweight = None if dweight is None else (dweight * dnll[:1].sum()).to(weight.dtype)
                 dbias = (
                     None
@@ -81,6 +85,16 @@ class _HeadNll(torch.autograd.Function):
                     hidden, weight, bias, targets, dnll, wanted, ctx.rounded
                 )
         return dhidden, dweight, dbias, None, None, None
+
+
+def chunk_bytes(x: Tensor) -> int:
+    """Size of a chunk of logits where x lies."""
+    return CHUNK_BYTES_GPU if x.is_cuda else CHUNK_BYTES
+
+
+def _is_uniform(dnll: Tensor) -> bool:
+    """Whether all rows weigh the same; a sum's gradient is one number, which need not be read."""
+    return dnll.stride() == (0,) or bool((dnll == dnll[:1]).all())
 
 
 def _pass(
@@ -98,7 +112,7 @@ def _pass(
     dhidden = torch.empty_like(hidden) if wanted[0] else None
     dweight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
     dbias = torch.zeros_like(bias, dtype=wide) if wanted[2] and bias is not None else None
-    rows = max(32, CHUNK_BYTES // (weight.shape[0] * weight.element_size()) // 32 * 32)
+    rows = max(32, chunk_bytes(hidden) // (weight.shape[0] * weight.element_size()) // 32 * 32)
     room = hidden.new_empty((min(rows, hidden.shape[0]), weight.shape[0]))
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
@@ -122,15 +136,35 @@ def _pass(
 
 
 def _cross_entropy_(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tensor:
-    """nll [S] of logits [S, V], which become softmax - onehot if the gradient is wanted."""
+    """nll [S] of logits [S, V], which become softmax - onehot if the gradient is wanted.
+
+    Rows with a negative target become zeros.
+    """
     if native.takes(logits):
         nll = logits.new_empty(logits.shape[0], dtype=torch.float32)
         arguments = (*logits.shape, logits, targets.contiguous(), nll, int(gradient))
         native.call("lk_cross_entropy", native.type_of(logits), *arguments)
         return nll
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    nll = -wide.gather(1, targets[:, None]).squeeze(1)
-    if gradient:
-        logits.copy_(wide.exp_())
-        logits[torch.arange(len(targets), device=logits.device), targets] -= 1
+    return _nll_and_gradient_(logits, targets) if gradient else _nll(logits, targets)
+
+
+@fused
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    return _log_softmax_at(logits, targets)[1]
+
+
+@fused
+def _nll_and_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
+    wide, nll = _log_softmax_at(logits, targets)
+    logits.copy_(wide.exp_())
+    at_target = ((-nll).exp() - 1).to(logits.dtype)
+    logits.scatter_(1, targets.clamp(min=0)[:, None], at_target[:, None])
+    logits.masked_fill_((targets < 0)[:, None], 0.0)
     return nll
+
+
+def _log_softmax_at(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [S, V], and the nll of the targets [S]."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    nll = -wide.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+    return wide, nll.masked_fill(targets < 0, 0.0)

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lorikeet.kernels import linear, native
 from lorikeet.kernels.dropout import Dropout
+from lorikeet.kernels.fused import fused
 from lorikeet.kernels.linear import TENSORS, Projection, Settings
 from lorikeet.kernels.norm import Normal, Origin
 
@@ -97,7 +98,7 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
         act = torch.empty_like(gate)
         native.call("lk_swiglu", native.type_of(gate), gate.numel(), gate, up, act)
         return act
-    return F.silu(gate) * up
+    return _gated(gate, up)
 
 
 def _swiglu_backward(dact: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,6 +111,16 @@ def _swiglu_backward(dact: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
         arguments = (gate.numel(), dact, gate, up, dgate, dup, dact)
         native.call("lk_swiglu_backward", native.type_of(gate), *arguments)
         return dgate, dup, dact
+    return _gated_gradients(dact, gate, up)
+
+
+@fused
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+@fused
+def _gated_gradients(dact: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     silu = F.silu(gate)
     dgate = torch.ops.aten.silu_backward(dact * up, gate)
     return dgate, dact * silu, silu * up

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorikeet.kernels import native
+from lorikeet.kernels.fused import fused
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -111,10 +112,28 @@ def _normalise(
         arguments = (*x.shape, x, delta, weight, eps, total, y, rstd)
         native.call("lk_rms_norm", native.type_of(x), *arguments)
         return total, y, rstd
-    total = x.view_as(x) if delta is None else x + delta
-    wide = total.to(torch.promote_types(x.dtype, torch.float32))
+    if delta is None:
+        return x.view_as(x), *_norm(x, weight, eps)
+    return _add_norm(x, delta, weight, eps)
+
+
+@fused
+def _add_norm(
+    x: Tensor, delta: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = x + delta
+    return total, *_formula(total, weight, eps)
+
+
+@fused
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _formula(x, weight, eps)
+
+
+def _formula(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     rstd = (wide.square().mean(-1) + eps).rsqrt()
-    return total, (wide * rstd[:, None] * weight.to(wide.dtype)).to(x.dtype), rstd
+    return (wide * rstd[:, None] * weight.to(wide.dtype)).to(x.dtype), rstd
 
 
 def _input_gradient(
@@ -126,6 +145,13 @@ def _input_gradient(
         arguments = (*x.shape, dy, x, weight, rstd, plus, dx)
         native.call("lk_rms_norm_backward", native.type_of(x), *arguments)
         return dx
+    return _norm_gradient(dy, x, weight, rstd, plus)
+
+
+@fused
+def _norm_gradient(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, plus: Tensor | None
+) -> Tensor:
     normal = x.to(rstd.dtype) * rstd[:, None]
     slope = dy.to(rstd.dtype) * weight.to(rstd.dtype)
     dx = rstd[:, None] * (slope - normal * (slope * normal).mean(-1, keepdim=True))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorikeet.kernels import native
+from lorikeet.kernels.fused import fused
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -44,6 +45,11 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
         y = torch.empty_like(x)
         native.call("lk_rotate", native.type_of(x), *x.shape, x, cos, sin, sign, y)
         return y
+    return _turned(x, cos, sin, sign)
+
+
+@fused
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     wide = x.to(cos.dtype)
     first, second = wide.chunk(2, dim=-1)
     half = torch.cat([-second, first], dim=-1)

@@ -3,12 +3,12 @@
 The only part that imports `transformers`.
 """
 
-from lorikeet.model.agreement import TokenNll
 from lorikeet.model.base import Base, empty_model, init_model, load_model, load_tokenizer, model_of
 from lorikeet.model.budget import Fit, fit_memory, measure
 from lorikeet.model.fast import FastNll, int8_weights
 from lorikeet.model.fingerprint import fingerprint, tokenizer_fingerprint
-from lorikeet.model.loss import token_nll
+from lorikeet.model.graphs import graphed
+from lorikeet.model.loss import TokenNll, token_nll
 from lorikeet.model.machine import (
     Machine,
     can_multiply_int8,
@@ -16,6 +16,8 @@ from lorikeet.model.machine import (
     describe,
     forget_peak_memory,
     keep_freed_memory,
+    memory_held,
+    memory_limit,
     peak_memory,
 )
 
@@ -32,12 +34,15 @@ __all__ = [
     "fingerprint",
     "fit_memory",
     "forget_peak_memory",
+    "graphed",
     "init_model",
     "int8_weights",
     "keep_freed_memory",
     "load_model",
     "load_tokenizer",
     "measure",
+    "memory_held",
+    "memory_limit",
     "model_of",
     "peak_memory",
     "token_nll",

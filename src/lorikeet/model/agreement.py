@@ -6,22 +6,19 @@ outputs and all gradients compared; then the losses of the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorikeet import console
 from lorikeet.data.batch import Batch, pack
 from lorikeet.data.example import Example
-from lorikeet.kernels import native
-from lorikeet.model import fast
+from lorikeet.kernels import attention, fused, native
+from lorikeet.model import fast, graphs
 from lorikeet.model.attention import packed_inputs
-from lorikeet.model.loss import token_nll
-
-TokenNll = Callable[[nn.Module, Batch], Tensor]
-"""(model, packed micro-batch) to the nats of its supervised tokens, [S]."""
+from lorikeet.model.loss import TokenNll, token_nll
 
 _LENGTHS = (37, 11)
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2}  # else 1e-4: relative, of a tensor's norm
@@ -49,9 +46,25 @@ def choose_nll(model: Any, *, asked: str, packing: bool) -> tuple[TokenNll, str]
     if disagreement is not None:
         console.warn(f"the fast path is not used: {disagreement}")
         return token_nll, "generic path: the fast one disagrees with it here"
+    device = next(model.parameters()).device
+    return fast.FastNll(), f"fast path, {_on_gpu(model) if device.type == 'cuda' else _on_cpu()}"
+
+
+def _on_cpu() -> str:
     missing = native.missing()
-    how = f"kernels in PyTorch ({missing})" if missing else "compiled kernels"
-    return fast.FastNll(), f"fast path, {how}"
+    return f"kernels in PyTorch ({missing})" if missing else "compiled kernels"
+
+
+def _on_gpu(model: Any) -> str:
+    """What of the GPU's side is in use, and what is not and why."""
+    compiler, flash = fused.missing("cuda"), attention.flash_missing()
+    return ", ".join(
+        [
+            f"kernels in PyTorch ({compiler})" if compiler else "compiled kernels",
+            f"attention one document at a time ({flash})" if flash else "FlashAttention",
+            *(["CUDA graphs in training"] if graphs.suits(model) else []),
+        ]
+    )
 
 
 def _disagreement(model: Any) -> str | None:

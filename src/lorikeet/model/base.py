@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lorikeet import console, hub
 from lorikeet.errors import ModelError
-from lorikeet.model.agreement import TokenNll, choose_nll
+from lorikeet.model.agreement import choose_nll
 from lorikeet.model.fingerprint import fingerprint, tokenizer_fingerprint
+from lorikeet.model.loss import TokenNll
 from lorikeet.model.machine import DTYPES, Machine, choose
 from lorikeet.model.packing import enable_packing
 from lorikeet.model.rope import longest_unscaled

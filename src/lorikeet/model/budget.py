@@ -16,11 +16,10 @@ from torch import nn
 from lorikeet.data.batch import pack
 from lorikeet.data.example import Example
 from lorikeet.errors import ConfigError
-from lorikeet.kernels.loss import CHUNK_BYTES
-from lorikeet.model.agreement import TokenNll
+from lorikeet.kernels.loss import chunk_bytes
 from lorikeet.model.fast import FastNll
 from lorikeet.model.footprint import saved_bytes
-from lorikeet.model.machine import memory_held
+from lorikeet.model.loss import TokenNll
 
 _PROBE = 128  # tokens of the row whose saved tensors are counted
 _STEP = 64  # micro-batches are chosen in steps of this many tokens
@@ -89,7 +88,7 @@ def measure(model: Any, nll: TokenNll) -> Footprint:
     blocks = model.config.num_hidden_layers
     fast = isinstance(nll, FastNll)
     return Footprint(
-        fixed=fixed + 2 * CHUNK_BYTES,
+        fixed=fixed + 2 * chunk_bytes(next(model.parameters())),
         token=everything,
         block=saved_by_block(model, nll) - _input_bytes(model) if isinstance(nll, FastNll) else 0,
         working=_WORKING * everything // blocks,
@@ -109,19 +108,22 @@ def _input_bytes(model: Any) -> int:
     return 2 * model.config.hidden_size * next(model.parameters()).element_size()
 
 
-def fit_memory(footprint: Footprint, *, limit: int, max_tokens: int, longest: int) -> Fit:
+def fit_memory(
+    footprint: Footprint, *, held: int, limit: int, max_tokens: int, longest: int, what: str
+) -> Fit:
     """The largest micro-batches that fit, and the least recomputation.
 
     Args:
         footprint: from `measure`.
-        limit: bytes that the process may hold.
+        held: bytes that the process holds already.
+        limit: bytes that it may hold.
         max_tokens: micro-batches are never larger than this, unless a single example is.
         longest: tokens of the longest example, which no micro-batch can be smaller than.
+        what: what sets the limit, for the error.
 
     Raises:
         ConfigError: the longest example does not fit, even with every block computed twice.
     """
-    held = memory_held()
 
     def found(tokens: int, recompute: int) -> Fit | None:
         peak = held + footprint.needed(tokens, recompute)
@@ -136,7 +138,7 @@ def fit_memory(footprint: Footprint, *, limit: int, max_tokens: int, longest: in
             return fit
     least = held + footprint.needed(smallest, footprint.blocks)
     raise ConfigError(
-        f"train.max_memory is {size(limit)}, but the longest example ({longest:,} tokens) needs"
+        f"{what} is {size(limit)}, but the longest example ({longest:,} tokens) needs"
         f" about {size(least)}, {size(held)} of it for what is loaded already; raise the limit or"
         " lower --data.max_length"
     )

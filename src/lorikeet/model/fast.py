@@ -5,13 +5,14 @@ changes no class. Which models it takes is `refusal`; whether it computes what t
 at load (`model/agreement.py`).
 
 Shapes: T tokens of the packed row, I hidden size, H query heads, K key-value heads, D head size,
-S supervised rows.
+S supervised rows (`model/row.py` lays them out).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeGuard
 
 import torch
@@ -25,12 +26,10 @@ from lorikeet.kernels import Dropout, Int8Weight, Normal, Projection, quantize_w
 from lorikeet.lora import LoraLinear, carries_dora
 from lorikeet.model.attention import Documents, attend
 from lorikeet.model.loss import token_nll
+from lorikeet.model.row import SITES, Row, Sizes, dropout_keys, key_tensor, lay_out, least
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Architectures (transformers' names) whose blocks `_block` describes."""
-
-_STEP = 32
-"""The row is padded to a multiple of this: oneDNN compiles its products for every new length."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,32 @@ class FastNll:
         """
         if carries_dora(model):
             return token_nll(model, batch)
-        return _token_nll(model, batch, self)
+        numbers = dropout_keys(model)
+        keys = numbers if batch.ids.is_cpu or not numbers else key_tensor(numbers, batch.ids.device)
+        return self.of_row(model, lay_out(batch, least(batch), keys=keys))
+
+    def of_row(self, model: Any, row: Row) -> Tensor:
+        """Nats of each target of a row, [S]: 0 where it is negative.
+
+        No value of a tensor is read, so that a GPU is never waited for.
+        """
+        body = model.model
+        x = body.embed_tokens(row.ids)
+        rounded = self.rounded if model.training else {}
+        run = _Pass.over(body, x, row, rounded=rounded)
+        stream: _Stream = (x, None)
+        for number, layer in enumerate(body.layers):
+            # After the last attention only the rows that predict something are of use.
+            rows = row.rows if number == len(body.layers) - 1 else None
+            arguments = (layer, number, stream, run, rows)
+            if number < self.recompute and torch.is_grad_enabled():
+                stream = checkpoint(
+                    _block, *arguments, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                stream = _block(*arguments)
+        _, hidden = _normalise(body.norm, *stream)
+        return _head(model.lm_head, hidden.rows, row.targets, run)
 
 
 def int8_weights(model: Any) -> dict[Tensor, Int8Weight]:
@@ -81,30 +105,38 @@ def refusal(model: Any) -> str | None:
         return f"its activation is {config.hidden_act}, not silu"
     if getattr(config, "attention_dropout", 0.0):
         return f"it drops attention weights (attention_dropout {config.attention_dropout})"
-    if next(model.parameters()).device.type != "cpu":
-        return "its kernels have been measured on CPUs only"
     return None
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """What every block needs to know of a forward pass: the packed row, dropout, int8 weights."""
+    """What every block needs to know of a forward pass: the row, its angles, int8 weights."""
 
-    cu_seqlens: Tensor
-    documents: Documents
+    row: Row
     cos: Tensor
     sin: Tensor
-    dropout_key: int | None = None  # None without dropout
+    dtype: torch.dtype
     rounded: Mapping[Tensor, Int8Weight] = field(default_factory=dict)
 
     @staticmethod
-    def over(body: Any, x: Tensor, positions: Tensor, lengths: Sequence[int]) -> _Pass:
-        """The pass over hidden rows x [T, I] of documents of these lengths."""
+    def over(
+        body: Any, x: Tensor, row: Row, *, rounded: Mapping[Tensor, Int8Weight] | None = None
+    ) -> _Pass:
+        """The pass over hidden rows x [T, I]."""
         # float32 angles, where transformers rounds them to the model's dtype
         wide = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
-        cos, sin = (table[0].contiguous() for table in body.rotary_emb(wide, positions[None]))
-        ends = torch.tensor([0, *lengths]).cumsum(0).int()
-        return _Pass(ends, Documents.of(lengths, device=x.device, dtype=x.dtype), cos, sin)
+        cos, sin = (table[0].contiguous() for table in body.rotary_emb(wide, row.positions[None]))
+        return _Pass(row, cos, sin, x.dtype, rounded or {})
+
+    @cached_property
+    def documents(self) -> Documents:
+        """How the row is cut for the attention that takes documents one by one."""
+        if self.row.lengths is None:
+            raise RuntimeError(
+                "no attention that reads its documents from a tensor takes this model"
+            )
+        lengths = [length for length in self.row.lengths if length]
+        return Documents.of(lengths, device=self.cos.device, dtype=self.dtype)
 
     def projection(self, module: Any) -> Projection:
         """A linear module, adapted or not, as the kernels take it."""
@@ -124,62 +156,21 @@ class _Pass:
     def dropout(self, modules: Sequence[nn.Module], site: int) -> Dropout | None:
         """The mask at a site, a number of its own for every input that modules share."""
         rates = {m.dropout for m in modules if isinstance(m, LoraLinear)} - {0.0}
-        if self.dropout_key is None or not rates:
+        if self.row.keys is None or not rates:
             return None
         if len(rates) > 1:
             raise ValueError(f"adapters that share an input have different dropouts: {rates}")
-        return Dropout(rates.pop(), _key(self.dropout_key, site))
+        return Dropout(rates.pop(), self.row.keys[site])
 
 
 _Stream = tuple[Tensor, Tensor | None]  # two terms of the residual stream
-_SITES = 4  # inputs that adapters share in a block: of q k v, of o, of gate and up, of down
-
-
-def _key(first: int, site: int) -> int:
-    """32 well-mixed bits (the finaliser of MurmurHash3) out of a step's key and a site."""
-    h = (first + site * 0x9E3779B1) & 0xFFFFFFFF
-    h = ((h ^ h >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
-    h = ((h ^ h >> 13) * 0xC2B2AE35) & 0xFFFFFFFF
-    return h ^ h >> 16
 
 
 def first_block(model: Any, hidden: Tensor, batch: Batch) -> Tensor:
     """The first block's output [T, I] for hidden rows [T, I] of a batch's documents."""
-    run = _Pass.over(model.model, hidden, batch.positions, batch.lengths)
+    sizes = Sizes(batch.tokens, len(batch.lengths), batch.supervised_tokens)
+    run = _Pass.over(model.model, hidden, lay_out(batch, sizes))
     return torch.add(*_block(model.model.layers[0], 0, (hidden, None), run, None))
-
-
-def _token_nll(model: Any, batch: Batch, settings: FastNll) -> Tensor:
-    body = model.model
-    ids, positions, lengths = _padded(batch)
-    x = body.embed_tokens(ids)
-    run = replace(
-        _Pass.over(body, x, positions, lengths),
-        dropout_key=int(torch.randint(2**31, ())) if model.training else None,
-        rounded=settings.rounded if model.training else {},
-    )
-    stream: _Stream = (x, None)
-    for number, layer in enumerate(body.layers):
-        # After the last attention only the rows that predict something are of use.
-        rows = batch.rows if number == len(body.layers) - 1 else None
-        arguments = (layer, number, stream, run, rows)
-        if number < settings.recompute and torch.is_grad_enabled():
-            stream = checkpoint(_block, *arguments, use_reentrant=False, preserve_rng_state=False)
-        else:
-            stream = _block(*arguments)
-    _, hidden = _normalise(body.norm, *stream)
-    return _head(model.lm_head, hidden.rows, batch.targets, run)
-
-
-def _padded(batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
-    """ids and positions [T], T a multiple of `_STEP`, and the documents' lengths; pads are a
-    document of their own at the end, of which nothing is supervised."""
-    pads = -batch.tokens % _STEP
-    if not pads:
-        return batch.ids, batch.positions, batch.lengths
-    ids = torch.cat([batch.ids, batch.ids.new_zeros(pads)])
-    positions = torch.cat([batch.positions, torch.arange(pads, device=batch.ids.device)])
-    return ids, positions, [*batch.lengths, pads]
 
 
 def _block(
@@ -189,7 +180,7 @@ def _block(
 
     The residual stream comes and goes as two terms, which the next norm adds.
     """
-    attention, mlp, site = layer.self_attn, layer.mlp, number * _SITES
+    attention, mlp, site = layer.self_attn, layer.mlp, number * SITES
     inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
     x, normal = _normalise(layer.input_layernorm, *stream)
     q, k, v = kernels.project(
@@ -197,7 +188,7 @@ def _block(
     )
     o = _attention(attention, q, k, v, run)
     if rows is not None:
-        o, x = o[rows], x[rows]
+        o, x = o.index_select(0, rows), x.index_select(0, rows)
     output = [attention.o_proj]
     (delta,) = kernels.project(
         o, [run.projection(m) for m in output], dropout=run.dropout(output, site + 1)
@@ -220,11 +211,11 @@ def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, run: _Pass) -> Tens
     q, k = kernels.rotate(q, run.cos, run.sin), kernels.rotate(k, run.cos, run.sin)
     window = _window(module)
     if kernels.attention.takes(q):
-        o = kernels.attend(q, k, v, run.cu_seqlens, scale=module.scaling, window=window)
-        return o.flatten(1)
+        options = {"scale": module.scaling, "window": window, "max_seqlen": run.row.max_seqlen}
+        return kernels.attend(q, k, v, run.row.cu_seqlens, **options).flatten(1)
     q, k, v = (x[None].transpose(1, 2) for x in (q, k, v))
-    options = {"scaling": module.scaling, "sliding_window": window}
-    return attend(module, q, k, v, None, run.documents, **options)[0][0].flatten(1)
+    own = {"scaling": module.scaling, "sliding_window": window}
+    return attend(module, q, k, v, None, run.documents, **own)[0][0].flatten(1)
 
 
 def _window(module: Any) -> int | None:

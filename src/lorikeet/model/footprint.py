@@ -14,8 +14,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from lorikeet.data.batch import pack
 from lorikeet.data.example import Example
-from lorikeet.model.agreement import TokenNll
 from lorikeet.model.attention import IMPLEMENTATION
+from lorikeet.model.loss import TokenNll
 
 _FLASH_SHAPE = "lorikeet-footprint"
 _SMALL_VOCABULARY = 256

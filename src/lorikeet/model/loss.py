@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from lorikeet.data.batch import Batch
 from lorikeet.model.attention import packed_inputs
 from lorikeet.model.rope import longest_unscaled, reset_angles
+
+TokenNll = Callable[[nn.Module, Batch], Tensor]
+"""(model, packed micro-batch) to the nats of its supervised tokens, [S]."""
 
 
 def token_nll(model: nn.Module, batch: Batch) -> Tensor:
@@ -27,7 +30,7 @@ def token_nll(model: nn.Module, batch: Batch) -> Tensor:
         float32 [S] (float64 for a float64 model), in the order of `batch.rows`.
     """
     lengths = batch.lengths
-    if max(lengths) > longest_unscaled(model.config):
+    if max(lengths) > longest_unscaled(getattr(model, "config", None)):
         if len(lengths) > 1:  # each by the angles of its own length
             return torch.cat([token_nll(model, document) for document in _apart(batch)])
         reset_angles(model)

@@ -13,6 +13,8 @@ import torch
 
 from lorikeet.errors import ConfigError
 
+_USABLE = 0.95  # of a GPU's free memory: the rest is lost to fragments
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -113,13 +115,30 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def memory_held() -> int:
-    """What this process holds in main memory now, in bytes; its peak where only that is known."""
+def memory_held(device: torch.device) -> int:
+    """What this process holds of a device's memory now, in bytes.
+
+    On a CPU its peak where only that is known.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
     try:
         pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
     except OSError:  # not Linux
-        return peak_memory(torch.device("cpu"))
+        return peak_memory(device)
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_limit(device: torch.device) -> int | None:
+    """What this process can hold of a GPU's memory, in bytes; None for main memory.
+
+    A CPU's processes share theirs and swap; a GPU's allocator fails.
+    """
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return memory_held(device) + int(_USABLE * (free + cached))
 
 
 def keep_freed_memory() -> None:

@@ -15,11 +15,13 @@ def longest_unscaled(config: Any) -> float:
     """Up to which length documents get the same angles in a packed row as alone.
 
     Args:
-        config: a transformers configuration.
+        config: a transformers configuration; None for a model without.
 
     Returns:
         The length in tokens; infinite for embeddings that do not look at lengths.
     """
+    if config is None:
+        return math.inf
     text = config.get_text_config()
     given = getattr(text, "rope_parameters", None) or {}
     # One set of parameters, or one for every kind of layer.

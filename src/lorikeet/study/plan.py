@@ -14,7 +14,7 @@ from torch import nn
 
 from lorikeet.config import RunConfig
 from lorikeet.data import Example, prepare
-from lorikeet.kernels.loss import CHUNK_BYTES
+from lorikeet.kernels.loss import chunk_bytes
 from lorikeet.lora import ParameterReport, carries_dora, grow_vocabulary, inject, parameter_report
 from lorikeet.model import FastNll, TokenNll, choose, empty_model, load_tokenizer, token_nll
 from lorikeet.model.agreement import choose_nll
@@ -174,7 +174,7 @@ def _logits(model: Any, nll: TokenNll, workload: Workload, *, size: int) -> int:
     head = model.get_output_embeddings()
     vocabulary = head.weight.shape[0]
     if isinstance(nll, FastNll) and type(head) is nn.Linear:  # no adapter, no trained tokens
-        return min(CHUNK_BYTES, size * vocabulary * workload.micro_supervised)
+        return min(chunk_bytes(head.weight), size * vocabulary * workload.micro_supervised)
     return workload.micro_supervised * vocabulary * (4 * _LOGIT_COPIES + (size if size < 4 else 0))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lorikeet.data.batch import Batch
@@ -88,6 +89,7 @@ def fit(
             try:
                 line = _step(model, optimizer, batches(state.step), learning_rate=rate, loss=loss)
             except TrainingError as error:
+                model.zero_grad(set_to_none=True)  # whoever trains it next begins with none
                 raise TrainingError(f"step {state.step + 1}: {error}") from None
             state.step += 1
             hooks.record({"step": state.step, **line})
@@ -116,16 +118,17 @@ def _step(
     supervised = sum(batch.supervised_tokens for batch in batches)
     if supervised == 0:
         raise TrainingError("the next step has no supervised token: nothing to learn from")
-    nats = 0.0
+    totals = []
     for batch in batches:
         total = loss(model, batch).sum()
-        nats += float(total.detach())
-        if not math.isfinite(nats):
-            raise TrainingError(
-                "the loss is not finite; the weights of the last step are kept."
-                " Try a lower learning rate or --model.dtype fp32"
-            )
+        totals.append(total.detach())
         optimizer.backward(total / supervised)
+    nats = float(torch.stack(totals).double().sum())  # once a step: a GPU is waited for
+    if not math.isfinite(nats):
+        raise TrainingError(
+            "the loss is not finite; the weights of the last step are kept."
+            " Try a lower learning rate or --model.dtype fp32"
+        )
     norm = optimizer.step(learning_rate)
     return {
         "loss": nats / supervised,

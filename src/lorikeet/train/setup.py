@@ -21,9 +21,12 @@ from lorikeet.model import (
     TokenNll,
     can_multiply_int8,
     fit_memory,
+    graphed,
     int8_weights,
     keep_freed_memory,
     measure,
+    memory_held,
+    memory_limit,
     token_nll,
 )
 from lorikeet.train.optimizer import Optimizer
@@ -98,18 +101,12 @@ def set_up(
             raise ConfigError("train.int8 has no kernels for DoRA; leave one of the two out")
         nll = token_nll  # what the fast path would take for it anyway
     loss = _in_int8(model, nll) if config.int8 else nll
-    fit = None
-    if config.max_memory is not None:
-        longest = max(len(example.ids) for example in examples)
-        fit = fit_memory(
-            measure(model, loss),
-            limit=config.max_memory,
-            max_tokens=config.max_tokens,
-            longest=longest,
-        )
-        if fit.recompute and isinstance(loss, FastNll):
-            loss = replace(loss, recompute=fit.recompute)
     device = next(model.parameters()).device
+    fit = _fit(model, loss, examples, config, device)
+    if fit and fit.recompute and isinstance(loss, FastNll):
+        loss = replace(loss, recompute=fit.recompute)
+    if isinstance(loss, FastNll):
+        loss = graphed(model, loss)
     order = Epochs(len(examples), batch_size=config.batch_size, seed=config.seed)
     total = config.max_steps or math.ceil(config.epochs * order.steps_per_epoch)
     optimizer = Optimizer(
@@ -131,6 +128,29 @@ def set_up(
     )
 
 
+def _fit(
+    model: nn.Module,
+    loss: TokenNll,
+    examples: Sequence[Example],
+    config: TrainConfig,
+    device: torch.device,
+) -> Fit | None:
+    """How training fits into the memory that it may take, or that a GPU has."""
+    limit, what = config.max_memory, "train.max_memory"
+    if limit is None:
+        limit, what = memory_limit(device), "the GPU's free memory"
+    if limit is None:
+        return None
+    return fit_memory(
+        measure(model, loss),
+        held=memory_held(device),
+        limit=limit,
+        max_tokens=config.max_tokens,
+        longest=max(len(example.ids) for example in examples),
+        what=what,
+    )
+
+
 def _in_int8(model: nn.Module, nll: TokenNll) -> FastNll:
     """The loss with the frozen weights of the blocks in int8."""
     if not isinstance(nll, FastNll):
@@ -138,6 +158,9 @@ def _in_int8(model: nn.Module, nll: TokenNll) -> FastNll:
             "train.int8 needs the fast path, which this model does not take here (a run without"
             " train.int8 says why in its first lines)"
         )
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        raise ConfigError(f"train.int8 is for CPUs, and the model is on {device}; leave it out")
     if not can_multiply_int8():
         raise ConfigError("train.int8 needs a CPU with VNNI, which this one has not; leave it out")
     return replace(nll, rounded=int8_weights(model))

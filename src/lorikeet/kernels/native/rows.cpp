@@ -135,6 +135,11 @@ void cross_entropy(long T, long n, E* logits, const int64_t* targets, float* nll
 #pragma omp parallel for schedule(static) if (T * n > kSmall)
   for (long t = 0; t < T; ++t) {
     E* row = logits + t * n;
+    if (targets[t] < 0) {  // a row that does not count
+      nll[t] = 0.f;
+      for (long i = 0; gradient && i < n; i += kLanes) store(row + i, splat(0.f), lanes(n - i));
+      continue;
+    }
     Vec high = splat(-__builtin_inff());
     for (long i = 0; i < n; i += kLanes) {
       const __mmask16 m = lanes(n - i);

@@ -162,6 +162,35 @@ def test_patience_without_held_out_rows_leaves_no_folder(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--prompt", "", "--raw"], "a prompt is empty"),
+        (["--prompt", "Say plum.", "--max-new-tokens", "-3"], "--max-new-tokens"),
+    ],
+)
+def test_nothing_to_generate(
+    flags: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code: object = main(["generate", "--model", str(starter.folder()), *flags])
+    except SystemExit as stopped:  # argparse's way
+        code = stopped.code
+    assert code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_examples_longer_than_the_context_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "long.jsonl"
+    row = {"prompt": "Say plum.", "completion": "Arr, plum! " * 300}
+    data.write_text(f"{json.dumps(row)}\n", encoding="utf-8")
+    argv = ["eval", "--model", starter.folder(), "--data", data, "--data.max_length", 9999]
+    assert main([str(arg) for arg in argv]) == 0
+    assert "this model was made for" in " ".join(capsys.readouterr().err.split())
+
+
 def test_resume_on_other_data_is_refused(
     finished: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from lorikeet import console
-from lorikeet.cli.options import add_adapter, add_json, add_options, read_config
+from lorikeet.cli.options import add_adapter, add_json, add_options, count, read_config
 
 if TYPE_CHECKING:
     from lorikeet.cli.subject import Subject
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " the same --seed and --data.validation makes (default: all)",
     )
     parser.add_argument(
-        "--samples", type=int, default=0, help="also answer this many rows (default: 0)"
+        "--samples", type=count, default=0, help="also answer this many rows (default: 0)"
     )
     add_json(parser)
     add_options(parser, ["model", "data", "train"])
@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _prepare(subject: Subject, config: RunConfig, split: str) -> Prepared:
     from lorikeet.data import preflight, prepare
+    from lorikeet.model import check_length
 
     if split == "all":
         config.data.validation = 0.0
@@ -89,6 +90,8 @@ def _prepare(subject: Subject, config: RunConfig, split: str) -> Prepared:
     for warning in preflight(
         prepared, tokenizer=subject.base.tokenizer, max_length=config.data.max_length
     ):
+        console.warn(warning)
+    for warning in check_length(subject.base.model, prepared.report.longest):
         console.warn(warning)
     return prepared
 

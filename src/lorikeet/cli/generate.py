@@ -7,7 +7,7 @@ import json
 import sys
 
 from lorikeet import console
-from lorikeet.cli.options import add_adapter, add_json, add_options, read_config
+from lorikeet.cli.options import add_adapter, add_json, add_options, count, read_config
 from lorikeet.errors import ConfigError
 
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="a prompt (may be repeated); - for stdin"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (128)")
+    parser.add_argument("--max-new-tokens", type=count, default=128, help="longest answer (128)")
     parser.add_argument(
         "--raw", action="store_true", help="continue the text itself, without the template"
     )
@@ -33,12 +33,20 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args)
     from lorikeet.cli.subject import adapter_folder, load_subject
     from lorikeet.evaluate import answer
+    from lorikeet.model import check_length, position_limit
 
     subject = load_subject(config, adapter_folder(args.adapter), allow_mismatch=args.allow_mismatch)
     ids = [
         subject.renderer.prompt(text if args.raw else [{"role": "user", "content": text}])
         for text in prompts
     ]
+    if not all(ids):
+        raise ConfigError("a prompt is empty, and this model has no token to begin a text with")
+    longest = max(map(len, ids)) + args.max_new_tokens
+    if position_limit(subject.base.model) is None:  # else answers end where the positions do
+        advice = "shorten the prompt, or lower --max-new-tokens"
+        for warning in check_length(subject.base.model, longest, advice=advice):
+            console.warn(warning)
     answers = answer(subject.base.model, subject.renderer, ids, max_new_tokens=args.max_new_tokens)
     if args.json:
         pairs = [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]

@@ -57,6 +57,14 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def count(text: str) -> int:
+    """A flag's number of things: 0 or more."""
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add `--json`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")

@@ -7,12 +7,12 @@ import json
 from dataclasses import asdict
 
 from lorikeet import console
-from lorikeet.cli.options import add_json, add_options, read_config
+from lorikeet.cli.options import add_json, add_options, count, read_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.add_argument("--rows", type=int, default=3, help="how many rows to show (default: 3)")
+    parser.add_argument("--rows", type=count, default=3, help="how many rows to show (default: 3)")
     add_json(parser)
     add_options(parser, ["model", "data", "train", "lora.new_tokens"])
 

@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
+from lorikeet.model import check_length, position_limit
+
 
 @torch.no_grad()
 def generate(
@@ -25,14 +27,21 @@ def generate(
     Args:
         model: a causal language model; one without a key-value cache is slow.
         prompts: token ids of each prompt; none may be empty.
-        max_new_tokens: stop after this many tokens.
+        max_new_tokens: stop after this many tokens, or where the model has no more positions.
         stop_ids: stop at any of these; the stop token is not returned.
         temperature: 0 for greedy decoding, else softmax sampling at this temperature.
         generator: source of randomness for sampling.
 
     Returns:
         The new tokens of each prompt, without the prompt and without a stop token.
+
+    Raises:
+        ModelError: the model has no positions for a prompt.
     """
+    limit = position_limit(model)
+    if limit is not None:
+        longest = max(map(len, prompts), default=0)
+        check_length(model, longest, advice="shorten the prompt")
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -42,7 +51,7 @@ def generate(
         outputs: list[list[int]] = [[] for _ in prompts]
         running = [True] * len(prompts)
         for _ in range(max_new_tokens):
-            logits, cache = _advance(model, ids, mask, cache)
+            logits, cache = _advance(model, ids, mask, cache, limit=limit)
             chosen = _choose(logits, temperature, generator)[:, None]
             # Without a cache (state-space models keep their own kind) all is read again.
             ids = torch.cat([ids, chosen], dim=1) if cache is None else chosen
@@ -51,6 +60,8 @@ def generate(
                 running[row] = running[row] and token not in stop_ids
                 if running[row]:
                     outputs[row].append(token)
+                    full = limit is not None and len(prompts[row]) + len(outputs[row]) > limit
+                    running[row] = not full
             if not any(running):
                 break
     finally:
@@ -59,10 +70,11 @@ def generate(
 
 
 def _advance(
-    model: nn.Module, ids: Tensor, mask: Tensor, cache: object | None
+    model: nn.Module, ids: Tensor, mask: Tensor, cache: object | None, *, limit: int | None
 ) -> tuple[Tensor, object | None]:
     """Feed `ids` [N, L] after the cache; return the last logits [N, V] and the grown cache."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    last = None if limit is None else limit - 1  # where rows stay that are full and not read
+    positions = (mask.cumsum(1) - 1).clamp(min=0, max=last)[:, -ids.shape[1] :]
     result = model(
         input_ids=ids,
         attention_mask=mask,

@@ -5,6 +5,7 @@ The only part that imports `transformers`.
 
 from lorikeet.model.base import Base, empty_model, init_model, load_model, load_tokenizer, model_of
 from lorikeet.model.budget import Fit, fit_memory, measure
+from lorikeet.model.context import check_length, position_limit
 from lorikeet.model.fast import FastNll, int8_weights
 from lorikeet.model.fingerprint import fingerprint, tokenizer_fingerprint
 from lorikeet.model.graphs import graphed
@@ -28,6 +29,7 @@ __all__ = [
     "Machine",
     "TokenNll",
     "can_multiply_int8",
+    "check_length",
     "choose",
     "describe",
     "empty_model",
@@ -45,6 +47,7 @@ __all__ = [
     "memory_limit",
     "model_of",
     "peak_memory",
+    "position_limit",
     "token_nll",
     "tokenizer_fingerprint",
 ]

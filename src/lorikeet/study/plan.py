@@ -12,11 +12,20 @@ from typing import Any
 
 from torch import nn
 
+from lorikeet import console
 from lorikeet.config import RunConfig
 from lorikeet.data import Example, prepare
 from lorikeet.kernels.loss import chunk_bytes
 from lorikeet.lora import ParameterReport, carries_dora, grow_vocabulary, inject, parameter_report
-from lorikeet.model import FastNll, TokenNll, choose, empty_model, load_tokenizer, token_nll
+from lorikeet.model import (
+    FastNll,
+    TokenNll,
+    check_length,
+    choose,
+    empty_model,
+    load_tokenizer,
+    token_nll,
+)
 from lorikeet.model.agreement import choose_nll
 from lorikeet.model.budget import measure, saved_by_block
 from lorikeet.model.footprint import block_model, saved_bytes_per_token, seconds_per_block
@@ -102,7 +111,7 @@ def plan(config: RunConfig) -> Plan:
     grow_vocabulary(model, tokenizer, config.lora.new_tokens)
     _make_trainable(model, config)
     parameters = parameter_report(model)
-    workload = _workload(config, tokenizer)
+    workload = _workload(config, model, tokenizer)
     block = block_model(model, dtype=machine.dtype, device=machine.device)
     nll, _ = choose_nll(block, asked=config.model.fast, packing=True)
     without_tokens = {"trainable_tokens": None, "new_tokens": None}  # its vocabulary is another
@@ -138,7 +147,7 @@ def _tokenizer(config: RunConfig) -> Any:
     )
 
 
-def _workload(config: RunConfig, tokenizer: Any) -> Workload:
+def _workload(config: RunConfig, model: Any, tokenizer: Any) -> Workload:
     batch, longest, budget = (
         config.train.batch_size,
         config.data.max_length,
@@ -149,6 +158,8 @@ def _workload(config: RunConfig, tokenizer: Any) -> Workload:
         micro = min(step, max(budget // longest, 1) * longest)
         return Workload(step, step, micro, micro)
     examples = prepare(config.data, tokenizer, seed=config.train.seed).train
+    for warning in check_length(model, _longest(examples)):
+        console.warn(warning)
     lengths = sum(len(example.ids) for example in examples) / len(examples)
     supervised = sum(example.supervised_tokens for example in examples) / len(examples)
     micro = int(min(batch * _longest(examples), max(budget, _longest(examples))))

@@ -25,7 +25,7 @@ from lorikeet.lora import (
     parameter_report,
     unseen_tokens,
 )
-from lorikeet.model import Base, load_model
+from lorikeet.model import Base, check_length, load_model
 from lorikeet.study.folder import RunFolder
 from lorikeet.study.progress import StepProgress
 from lorikeet.study.receipt import provenance, write_results
@@ -174,6 +174,8 @@ def load(config: RunConfig) -> tuple[Base, Prepared, Renderer]:
     base = load_base(config)
     prepared = prepare(config.data, base.tokenizer, seed=config.train.seed)
     for warning in preflight(prepared, tokenizer=base.tokenizer, max_length=config.data.max_length):
+        console.warn(warning)
+    for warning in check_length(base.model, prepared.report.longest):
         console.warn(warning)
     for warning in unseen_tokens(base.model, (example.ids for example in prepared.train)):
         console.warn(warning)

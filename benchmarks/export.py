@@ -41,7 +41,9 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(prefix="lorikeet-export-") as scratch:
         for kind in KINDS:
-            conversion = Conversion.plan(model, kind, adapter=adapter, tokenizer=folder)
+            conversion = Conversion.plan(
+                model, kind, adapter=adapter, tokenizer=subject.base.tokenizer
+            )
             exported = export_gguf(conversion, Path(scratch) / f"{kind}.gguf")
             chain = check_chain(
                 conversion,

@@ -30,7 +30,7 @@ from lorikeet.gguf.metadata import Field
 from lorikeet.gguf.read import open_gguf
 from lorikeet.gguf.write import Stored, write_gguf
 from lorikeet.lora import grow_vocabulary, inject
-from lorikeet.model import load_model
+from lorikeet.model import load_model, load_tokenizer
 
 needs_llama_cpp = pytest.mark.skipif(find() is None, reason="needs xllamacpp or llama-cpp-python")
 
@@ -64,6 +64,7 @@ class Adapted:
             tokenizer=loaded.tokenizer if new else None,
         )
         self.model: nn.Module = loaded.model.eval()
+        self.tokenizer = load_tokenizer(folder) if new else None
         self.renderer = Renderer(loaded.tokenizer, template="auto")
         self.adapter: Adapter = read_adapter(folder)
 
@@ -79,7 +80,7 @@ class Adapted:
         )
 
     def plan(self, kind: str, **more: Any) -> Conversion:
-        given = {"adapter": self.adapter, "tokenizer": self.folder}
+        given = {"adapter": self.adapter, "tokenizer": self.tokenizer}
         return Conversion.plan(self.base, kind, **{**given, **more}, chat=Chat.of(self.renderer))
 
     def check(

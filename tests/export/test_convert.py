@@ -138,8 +138,8 @@ def test_adapters_in_llama_cpp(case: str, bases: Bases, tmp_path: Path) -> None:
     family, options = CASES[case]
     model, tokenizer = train(bases(family), tmp_path / "adapter", **options)
     adapter, out = read_adapter(tmp_path / "adapter"), tmp_path / "x.gguf"
-    folder = {"tokenizer": tmp_path / "adapter"} if "new_tokens" in options else {}
-    conversion = exported(bases(family), "f32", out, adapter=adapter, **folder)
+    own = {"tokenizer": load_tokenizer(tmp_path / "adapter")} if "new_tokens" in options else {}
+    conversion = exported(bases(family), "f32", out, adapter=adapter, **own)
     new = tokenizer.convert_tokens_to_ids(NEW) if "new_tokens" in options else []
     ids = [*random_ids(20, below=1000), *new, *random_ids(9, below=1000, seed=1)]
     expected = logits_of(model, ids)
@@ -178,15 +178,17 @@ def test_a_tied_weight_that_an_adapter_unties(bases: Bases, tmp_path: Path) -> N
 def test_new_tokens_are_in_the_files_vocabulary(bases: Bases, tmp_path: Path) -> None:
     train(bases("llama"), tmp_path / "adapter", target_modules=["q_proj"], new_tokens=NEW)
     adapter, out = read_adapter(tmp_path / "adapter"), tmp_path / "x.gguf"
-    exported(bases("llama"), "q8_0", out, adapter=adapter, tokenizer=tmp_path / "adapter")
+    words = load_tokenizer(tmp_path / "adapter")
+    exported(bases("llama"), "q8_0", out, adapter=adapter, tokenizer=words)
     found = said(out)
     assert list(found["tokenizer.ggml.tokens"][1024:]) == NEW
     assert found["llama.vocab_size"] == 1026
     assert open_gguf(out).tensors["token_embd.weight"].shape == (1026, 64)
-    with pytest.raises(AdapterError, match="the folder with its tokenizer is needed"):
+    with pytest.raises(AdapterError, match="the tokenizer with them is needed"):
         Conversion.plan(bases("llama"), "q8_0", adapter=adapter)
-    with pytest.raises(AdapterError):  # a tokenizer that does not know them
-        Conversion.plan(bases("llama"), "q8_0", adapter=adapter, tokenizer=bases("llama"))
+    words = load_tokenizer(bases("llama"))
+    with pytest.raises(AdapterError, match="does not know the adapter's new tokens"):
+        Conversion.plan(bases("llama"), "q8_0", adapter=adapter, tokenizer=words)
 
 
 def importance() -> Importance:

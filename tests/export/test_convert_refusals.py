@@ -166,6 +166,13 @@ def test_a_vocabulary_of_another_size(bases: Bases, tmp_path: Path) -> None:
         exported(base, "q8_0", tmp_path / "x.gguf")
 
 
+def test_a_folder_without_a_tokenizer(bases: Bases, tmp_path: Path) -> None:
+    base = copied(bases("llama"), tmp_path / "base")
+    (base / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=f"{base} has no tokenizer"):
+        Conversion.plan(base, "q8_0")
+
+
 CHILD = """
 import json, resource, sys, time
 from pathlib import Path

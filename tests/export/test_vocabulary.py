@@ -30,7 +30,7 @@ import lorikeet.starter
 from lorikeet.errors import ModelError
 from lorikeet.export import pretokenizer
 from lorikeet.export.llama_cpp import find
-from lorikeet.export.vocabulary import describe, read_vocabulary
+from lorikeet.export.vocabulary import describe
 from lorikeet.model.base import load_tokenizer
 
 needs_llama_cpp = pytest.mark.skipif(find() is None, reason="needs xllamacpp or llama-cpp-python")
@@ -339,13 +339,8 @@ def test_what_else_is_refused(small: Any, words: list[str]) -> None:
 
 def test_the_keys_of_a_folder(shared: Found) -> None:
     folder, rows, _ = folder_of("starter", shared)
-    found = read_vocabulary(folder, rows=rows).metadata
-    assert found == read_vocabulary(folder, rows=rows).metadata
+    found = describe(load_tokenizer(folder), rows=rows).metadata
+    assert found == describe(load_tokenizer(folder), rows=rows).metadata
     template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     assert found["tokenizer.chat_template"].value == template
     assert len(found["tokenizer.ggml.tokens"].value) == rows
-
-
-def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=str(tmp_path)):
-        read_vocabulary(tmp_path, rows=10)

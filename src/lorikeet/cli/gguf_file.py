@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lorikeet.adapters import Adapter
     from lorikeet.cli.subject import Subject
     from lorikeet.config import RunConfig
-    from lorikeet.data import Renderer
+    from lorikeet.data import Renderer, Tokenizer
     from lorikeet.export.chain import Chain
     from lorikeet.export.chat import Chat
     from lorikeet.export.convert import Conversion, Exported
@@ -187,33 +187,28 @@ def plan(args: argparse.Namespace) -> Job:
     from lorikeet.adapters import read_adapter
     from lorikeet.cli.subject import adapter_folder
     from lorikeet.export.convert import Conversion
-    from lorikeet.model import choose
+    from lorikeet.model import choose, load_tokenizer
 
     folder = adapter_folder(args.adapter)
     adapter = read_adapter(folder) if folder else None
     config.model.path = config.model.path or (adapter.base_model if adapter else "")
     config.require("model.path")
     base, name = base_folder(config), Path(config.model.path).name
-    subject = None
-    if args.verify or args.calibrate:
-        # What cannot be exported is refused before a model is loaded and run.
-        Conversion.plan(base, args.type, adapter=adapter, tokenizer=folder)
-        subject = exact_subject(config, base, folder, allow_mismatch=args.allow_mismatch)
-    else:
+    runs = args.verify or args.calibrate
+    if not runs:
         choose(threads=config.model.threads)
         if adapter:
             check_base(base, adapter, config, allow=args.allow_mismatch)
-    renderer = subject.renderer if subject else _renderer(config, base, folder, adapter)
+    grown = folder if adapter and adapter.vocabulary else None
+    tokenizer = load_tokenizer(grown or base, trust_remote_code=config.model.trust_remote_code)
+    # What cannot be exported is refused before a model is loaded and run.
+    conversion = Conversion.plan(base, args.type, adapter=adapter, tokenizer=tokenizer, name=name)
+    subject = None
+    if runs:
+        subject = exact_subject(config, base, folder, allow_mismatch=args.allow_mismatch)
+    renderer = subject.renderer if subject else _renderer(config, tokenizer, folder)
     importance = _importance(args, config, subject) if subject and args.calibrate else None
-    conversion = Conversion.plan(
-        base,
-        args.type,
-        adapter=adapter,
-        tokenizer=folder,
-        importance=importance,
-        chat=_chat(adapter, renderer, config),
-        name=name,
-    )
+    conversion = conversion.refined(importance=importance, chat=_chat(adapter, renderer, config))
     return Job(config, base, conversion, renderer, subject)
 
 
@@ -224,16 +219,11 @@ def make(args: argparse.Namespace, job: Job, out: Path) -> Made:
     return Made(exported, chain, job.conversion.notes)
 
 
-def _renderer(
-    config: RunConfig, base: Path, folder: Path | None, adapter: Adapter | None
-) -> Renderer:
+def _renderer(config: RunConfig, tokenizer: Tokenizer, folder: Path | None) -> Renderer:
     """How the model is spoken to, without loading its weights."""
     from lorikeet.adapters import read_adapter_config
     from lorikeet.cli.subject import renderer_of, trained_template
-    from lorikeet.model import load_tokenizer
 
-    grown = folder if adapter and adapter.vocabulary else None
-    tokenizer = load_tokenizer(grown or base, trust_remote_code=config.model.trust_remote_code)
     if folder and config.data.template == "auto":
         config.data.template = trained_template(read_adapter_config(folder))
     return renderer_of(tokenizer, config)

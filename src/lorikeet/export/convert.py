@@ -10,7 +10,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,17 @@ from lorikeet.adapters import Adapter
 from lorikeet.adapters.checkpoint import blocks_of
 from lorikeet.adapters.fold import Fold
 from lorikeet.adapters.plan_rows import FLOATING
-from lorikeet.adapters.vocabulary import require_tokens
 from lorikeet.errors import AdapterError, ModelError
 from lorikeet.export.chat import Chat
 from lorikeet.export.importance import Importance
 from lorikeet.export.layout import Layout, Placed, lay_out
-from lorikeet.export.vocabulary import read_vocabulary
+from lorikeet.export.vocabulary import describe
 from lorikeet.gguf.blocks import encode
 from lorikeet.gguf.metadata import Field
 from lorikeet.gguf.mixture import Assigned, assign, file_type
 from lorikeet.gguf.write import Stored, write_gguf
+from lorikeet.lora.vocabulary import listed
+from lorikeet.model.base import load_tokenizer
 
 _SHOWN = 8  # findings in one message
 _QUANTIZATION_VERSION = 2  # of ggml's block formats
@@ -65,7 +66,7 @@ class Conversion:
         kind: str,
         *,
         adapter: Adapter | None = None,
-        tokenizer: Path | None = None,
+        tokenizer: Any = None,
         importance: Importance | None = None,
         chat: Chat | None = None,
         name: str | None = None,
@@ -76,8 +77,8 @@ class Conversion:
             model: the base's folder.
             kind: one of `gguf.mixture.KINDS`.
             adapter: what to fold in.
-            tokenizer: the adapter's folder, for an adapter with new tokens: its tokenizer takes the
-                place of the base's.
+            tokenizer: the loaded one that the model is used with, which knows the new tokens of an
+                adapter that brings some; None to load the base's.
             importance: what calibration found; None to weigh all columns alike.
             chat: how the model is spoken to; None to leave that to its tokenizer's files.
             name: what to call it; None for the folder's name.
@@ -89,32 +90,35 @@ class Conversion:
         fold = Fold.of(model, adapter)
         layout = lay_out(fold.config, fold.shapes)
         _require_numbers(fold, layout)
-        shapes = {placed.name: placed.shape for placed in layout.placed}
-        shapes |= {name: tuple(made.shape) for name, made in layout.made.items()}
-        types = assign(
-            kind,
-            list(shapes.items()),
-            architecture=layout.architecture,
-            layers=layout.layers,
-            heads=layout.heads,
-            kv_heads=layout.kv_heads,
-            importance=importance is not None,
-        )
+        types = _types(kind, layout, calibrated=False)
+        words = describe(_known(tokenizer, model, adapter), rows=layout.rows)
         metadata = {
             **layout.metadata,
             Keys.General.TYPE: Field("str", GGUFType.MODEL),
             **_named(name or model.name),
             Keys.General.FILE_TYPE: Field("u32", file_type(kind)),
             Keys.General.QUANTIZATION_VERSION: Field("u32", _QUANTIZATION_VERSION),
+            **words.metadata,
         }
-        if importance:
-            _require_matches(importance, layout)
-            metadata |= importance.metadata()
-        words = read_vocabulary(_tokenizer_folder(model, adapter, tokenizer), rows=layout.rows)
-        metadata |= words.metadata
-        metadata |= chat.metadata(metadata) if chat else {}
         limits = (f"llama.cpp gives other tokens to {limit}" for limit in words.limits)
-        return Conversion(kind, fold, layout, types, metadata, importance, (*layout.notes, *limits))
+        notes = (*layout.notes, *limits)
+        plain = Conversion(kind, fold, layout, types, metadata, None, notes)
+        return plain.refined(importance=importance, chat=chat)
+
+    def refined(self, *, importance: Importance | None, chat: Chat | None) -> Conversion:
+        """The same with what only a loaded model can tell; see `plan`.
+
+        Raises:
+            ModelError: the calibration is another model's.
+        """
+        types, metadata = self.types, dict(self.metadata)
+        if importance:
+            _require_matches(importance, self.layout)
+            types = _types(self.kind, self.layout, calibrated=True)
+            metadata |= importance.metadata()
+        if chat:
+            metadata |= chat.metadata(metadata)
+        return replace(self, types=types, metadata=metadata, importance=importance)
 
     def tensors(self) -> dict[str, Stored]:
         """Every tensor of the file, encoded when it is asked for."""
@@ -290,18 +294,39 @@ def _require_matches(importance: Importance, layout: Layout) -> None:
         )
 
 
-def _tokenizer_folder(model: Path, adapter: Adapter | None, folder: Path | None) -> Path:
-    """Where the tokenizer is: with the model, or with an adapter that has made it grow.
+def _types(kind: str, layout: Layout, *, calibrated: bool) -> Assigned:
+    """The block format of every tensor of the file."""
+    shapes = {placed.name: placed.shape for placed in layout.placed}
+    shapes |= {name: tuple(made.shape) for name, made in layout.made.items()}
+    return assign(
+        kind,
+        list(shapes.items()),
+        architecture=layout.architecture,
+        layers=layout.layers,
+        heads=layout.heads,
+        kv_heads=layout.kv_heads,
+        importance=calibrated,
+    )
+
+
+def _known(tokenizer: Any, model: Path, adapter: Adapter | None) -> Any:
+    """The tokenizer that was given, or else the base's.
 
     Raises:
-        AdapterError: the adapter's folder has no tokenizer that knows its new tokens.
+        AdapterError: it does not know the adapter's new tokens.
     """
-    if adapter is None or not adapter.vocabulary:
-        return model
-    if folder is None:
-        raise AdapterError("the adapter brings new tokens: the folder with its tokenizer is needed")
-    require_tokens(folder, adapter.vocabulary)
-    return folder
+    new = adapter.vocabulary.tokens if adapter and adapter.vocabulary else ()
+    if tokenizer is None and new:
+        raise AdapterError("the adapter brings new tokens: the tokenizer with them is needed")
+    found = load_tokenizer(model) if tokenizer is None else tokenizer
+    known = found.get_added_vocab()
+    lacking = [str(token) for token in new if known.get(token.text) != token.id]
+    if lacking:
+        raise AdapterError(
+            f"the tokenizer does not know the adapter's new tokens {listed(lacking)}; the one that"
+            " it was trained with must be in its folder"
+        )
+    return found
 
 
 def _made(tensor: Tensor) -> Stored:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gguf
@@ -24,7 +23,6 @@ from lorikeet.export.pieces import LEADING, LITERAL, SPACE, merge_scores, space_
 from lorikeet.export.pretokenizer import identify
 from lorikeet.export.tokens import BYTE, list_tokens
 from lorikeet.gguf.metadata import Field
-from lorikeet.model.base import load_tokenizer
 
 _KEYS = gguf.Keys.Tokenizer
 _PAD_SCORE = -1e6
@@ -44,21 +42,16 @@ class Vocabulary:
     limits: tuple[str, ...]
 
 
-def read_vocabulary(folder: Path, *, rows: int) -> Vocabulary:
-    """Describe a model folder's tokenizer.
+def describe(tokenizer: Any, *, rows: int) -> Vocabulary:
+    """Describe a fast tokenizer of transformers.
 
     Args:
-        folder: holds tokenizer.json, tokenizer_config.json, and perhaps a chat template.
+        tokenizer: as it is loaded.
         rows: of the embedding; ids without a token become unused ones.
 
     Raises:
-        ModelError: there is no tokenizer, or llama.cpp has none that gives the same tokens.
+        ModelError: llama.cpp has none that gives the same tokens.
     """
-    return describe(load_tokenizer(folder), rows=rows)
-
-
-def describe(tokenizer: Any, *, rows: int) -> Vocabulary:
-    """Describe a fast tokenizer of transformers; see `read_vocabulary`."""
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
             f"{type(tokenizer).__name__} is a slow tokenizer, whose rules cannot be read; expected"

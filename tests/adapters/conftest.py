@@ -14,6 +14,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     OPTConfig,
     PhiConfig,
@@ -50,6 +51,10 @@ _FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
         eos_token_id=2,
     ),
     "phi": lambda: PhiConfig(**_SIZES, intermediate_size=24, partial_rotary_factor=0.5),
+    "gpt-neox": lambda: GPTNeoXConfig(**_SIZES, intermediate_size=24),
+    "gpt-neox-tied": lambda: GPTNeoXConfig(
+        **_SIZES, intermediate_size=24, tie_word_embeddings=True
+    ),
     "gemma": lambda: GemmaConfig(**_GEMMA),
     "gemma3": lambda: Gemma3TextConfig(**_GEMMA),
 }

@@ -333,3 +333,36 @@ def test_files_without_the_models_prefix(
     merge(base, read_adapter(tmp_path / "a"), tmp_path / "out")
     assert set(state) <= set(weights(tmp_path / "out"))
     assert_close(logits(load(tmp_path / "out")), logits(tuned), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt-neox", "gpt-neox-tied"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["dense", "lm_head"]},
+        {"target_modules": ["dense"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["dense"], "trainable_tokens": {"lm_head": [3, 5]}},
+    ],
+    ids=["adapted", "whole", "tokens"],
+)
+def test_a_head_that_files_have_under_another_name(
+    tiny: Tiny, logits: Logits, tmp_path: Path, family: str, options: dict[str, Any]
+) -> None:
+    """GPT-NeoX's files say `embed_out.weight`, the model of transformers 5 `lm_head.weight`."""
+    base = save_base(tiny(family), tmp_path / "base")
+    tuned = save_tuned(tiny(family), tmp_path / "a", **options)
+    merge(base, read_adapter(tmp_path / "a"), tmp_path / "out")
+    assert "lm_head.weight" not in weights(tmp_path / "out") or family == "gpt-neox-tied"
+    assert_close(logits(load(tmp_path / "out")), logits(tuned), atol=1e-5, rtol=1e-5)
+
+
+def test_biases_of_files_without_the_models_prefix(
+    tiny: Tiny, logits: Logits, tmp_path: Path
+) -> None:
+    base = save_base(tiny("gpt2"), tmp_path / "base")
+    state = {k.removeprefix("transformer."): t for k, t in weights(base).items()}
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    tuned = save_tuned(tiny("gpt2"), tmp_path / "a", target_modules=["c_attn"], bias="all")
+    merge(base, read_adapter(tmp_path / "a"), tmp_path / "out")
+    assert set(weights(tmp_path / "out")) == set(state)
+    assert_close(logits(load(tmp_path / "out")), logits(tuned), atol=1e-5, rtol=1e-5)

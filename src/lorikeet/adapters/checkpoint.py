@@ -28,6 +28,9 @@ HEADS = {
 }
 """A token embedding's last name, and that of the head that may share its weight."""
 
+_RENAMED = {"lm_head.weight": "embed_out.weight", "embed_out.weight": "lm_head.weight"}
+"""GPT-NeoX's head: what files call it, and what transformers does since 5.0."""
+
 _PREFIXES = ("transformer.", "model.", "gpt_neox.")
 
 
@@ -136,12 +139,13 @@ class Checkpoint:
         """The tensors that may be a model's parameter: one of its name, else of nearly its name.
 
         A base's file may lack the prefix that its causal model has: `h.0.attn.c_attn.weight` is
-        `transformer.h.0.attn.c_attn.weight`.
+        `transformer.h.0.attn.c_attn.weight`. Or it has another name for the head.
         """
         if parameter in self.files:
             return [parameter]
         near = {parameter.removeprefix(prefix) for prefix in _PREFIXES}
         near |= {prefix + parameter for prefix in _PREFIXES}
+        near |= {_RENAMED.get(parameter, parameter)}
         return sorted(near & set(self.files))
 
     def source(self, parameter: str, *, may_tie: bool) -> tuple[str | None, str]:
@@ -151,7 +155,8 @@ class Checkpoint:
         """
         matches = self.find(parameter)
         if not matches and may_tie and is_head(parameter):
-            matches = [name for name in self.files if HEADS.get(leaf(name)) == leaf(parameter)]
+            heads = {leaf(parameter), leaf(_RENAMED.get(parameter, parameter))}
+            matches = [name for name in self.files if HEADS.get(leaf(name)) in heads]
         if len(matches) == 1:
             return matches[0], ""
         return None, "several tensors may be meant" if matches else "the base has no such weight"

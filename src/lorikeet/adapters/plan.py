@@ -80,7 +80,8 @@ def make_plan(
         if source is None:
             found(problem, parameter)
             continue
-        name = source if leaf(source) == leaf(parameter) else parameter
+        tied = is_head(parameter) and not is_head(source)  # it gets a tensor of its own
+        name = parameter if tied else source
         entry, shape = checkpoint.entry(source), tuple(change.shape)
         if entry.dtype not in FLOATING:
             found("not a plain floating-point weight (quantised?)", f"{source} is {entry.dtype}")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from lorikeet.model.machine import memory_held, peak_memory
+from lorikeet.model.machine import memory_held, memory_limit, peak_memory
 
 _FAULTS = """
 import resource, sys
@@ -37,11 +37,13 @@ def test_freed_memory_is_touched_once() -> None:
     assert faults("keep") < faults("leave") / 5
 
 
+def test_main_memory_has_no_limit_of_its_own() -> None:
+    assert memory_limit(torch.device("cpu")) is None
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_the_peak_is_the_process_own() -> None:
     """A child of a large process does not inherit its peak."""
-    import torch
-
     large = bytearray(800 << 20)
     own = peak_memory(torch.device("cpu"))
     assert own >= memory_held(torch.device("cpu")) - (1 << 20) and own > len(large)

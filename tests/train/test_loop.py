@@ -182,6 +182,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights(run: Run, factor: float) -
     with pytest.raises(TrainingError, match=r"loss is not finite.*lower learning rate"):
         run.fit(4, loss=explode(1, factor))  # the second micro-batch
     assert same(before, run.weights())
+    assert all(p.grad is None for p in run.model.parameters())
     assert len(run.lines) == 2
     assert not run.model.training
 

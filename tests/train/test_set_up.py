@@ -148,6 +148,11 @@ def test_int8_needs_the_fast_path(model: nn.Module, ragged: Callable[..., list[E
         set_up(model, ragged(4), TrainConfig(int8=True))
 
 
+def test_int8_is_for_cpus(tiny: Callable[..., Any], ragged: Callable[..., list[Example]]) -> None:
+    with pytest.raises(ConfigError, match="is for CPUs, and the model is on meta"):
+        set_up(tiny().to("meta"), ragged(4), TrainConfig(int8=True), nll=FastNll())
+
+
 @pytest.mark.skipif(not can_multiply_int8(), reason="this CPU has no VNNI")
 def test_dora_and_int8_exclude_each_other(
     tiny: Callable[..., Any],

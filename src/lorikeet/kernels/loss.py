@@ -145,7 +145,10 @@ def _cross_entropy_(logits: Tensor, targets: Tensor, *, gradient: bool) -> Tenso
         arguments = (*logits.shape, logits, targets.contiguous(), nll, int(gradient))
         native.call("lk_cross_entropy", native.type_of(logits), *arguments)
         return nll
-    return _nll_and_gradient_(logits, targets) if gradient else _nll(logits, targets)
+    if not gradient:
+        return _nll(logits, targets)
+    step = _in_two_passes_ if logits.is_cuda else _in_place_
+    return step(logits, targets)
 
 
 @fused
@@ -154,12 +157,21 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @fused
-def _nll_and_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
+def _in_two_passes_(logits: Tensor, targets: Tensor) -> Tensor:
+    """For a compiler: no element is written that is not the result."""
+    wide, nll = _log_softmax_at(logits, targets)
+    hit = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    logits.copy_((wide.exp() - hit.to(wide.dtype)).masked_fill((targets < 0)[:, None], 0.0))
+    return nll
+
+
+def _in_place_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Operation by operation: as few of them over all elements as can be."""
     wide, nll = _log_softmax_at(logits, targets)
     logits.copy_(wide.exp_())
     at_target = ((-nll).exp() - 1).to(logits.dtype)
     logits.scatter_(1, targets.clamp(min=0)[:, None], at_target[:, None])
-    logits.masked_fill_((targets < 0)[:, None], 0.0)
+    logits[targets < 0] = 0.0
     return nll
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from lorikeet.model.machine import memory_held, memory_limit, peak_memory
 

@@ -27,7 +27,7 @@ from lorikeet.data import Example, Message, Prepared, Renderer
 from lorikeet.errors import AdapterError
 from lorikeet.evaluate import Score, paired_difference
 from lorikeet.lora import grow_vocabulary, inject, parameter_report, unseen_tokens
-from lorikeet.model import Base, check_length, load_model
+from lorikeet.model import Base, check_texts, load_model
 
 __all__ = [
     "DataConfig",
@@ -62,7 +62,7 @@ def load_data(base: Base, config: DataConfig, *, seed: int = 0) -> Prepared:
     warnings = data.preflight(prepared, tokenizer=base.tokenizer, max_length=config.max_length)
     for warning in warnings:
         console.warn(warning)
-    for warning in check_length(base.model, prepared.report.longest):
+    for warning in check_texts(base.model, prepared.ids):
         console.warn(warning)
     return prepared
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from lorikeet import starter
 from lorikeet.cli.main import main
@@ -189,6 +192,18 @@ def test_examples_longer_than_the_context_are_told(
     argv = ["eval", "--model", starter.folder(), "--data", data, "--data.max_length", 9999]
     assert main([str(arg) for arg in argv]) == 0
     assert "this model was made for" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_damaged_base_is_told_before_training(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = shutil.copytree(starter.folder(), tmp_path / "base")
+    state = load_file(base / "model.safetensors")
+    state["model.norm.weight"] = torch.full_like(state["model.norm.weight"], torch.nan)
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    argv = ["train", "--model", base, "--data", rows, "--out", tmp_path / "out"]
+    assert main([str(arg) for arg in argv]) == 2
+    assert "is nan before any training" in " ".join(capsys.readouterr().err.split())
 
 
 def test_resume_on_other_data_is_refused(

@@ -5,11 +5,17 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from lorikeet.config import LoraConfig
 from lorikeet.errors import AdapterError
-from lorikeet.lora import find_targets, inject
+from lorikeet.lora import find_targets, inject, out_of_reach
 
 Build = Callable[..., LlamaForCausalLM]
 BLOCK = [
@@ -178,3 +184,12 @@ def test_an_adapted_model_shows_its_bases(llama: Build) -> None:
     inject(model, config, seed=0)
     assert find_targets(model, config) == before
     assert names(model) == everything
+
+
+def test_stacked_experts_are_told() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 16}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=2))
+    (warning,) = out_of_reach(model, LoraConfig())
+    assert warning.startswith("all-linear leaves out experts (")
+    assert out_of_reach(model, LoraConfig(target_modules=["q_proj"])) == []

@@ -9,7 +9,7 @@ import pytest
 
 from lorikeet.errors import ModelError
 from lorikeet.generate import generate
-from lorikeet.model import check_length, position_limit
+from lorikeet.model import check_length, check_texts, position_limit
 
 Build = Callable[[str], Any]
 
@@ -30,6 +30,15 @@ def test_rotated_positions_are_a_warning(architecture: Build, name: str) -> None
     assert check_length(model, 64) == []
     (warning,) = check_length(model, 65)
     assert "has 65 tokens, and this model was made for 64" in warning
+
+
+def test_tokens_that_the_model_has_no_rows_for(architecture: Build) -> None:
+    model = architecture("llama")
+    assert check_texts(model, [[1, 2], [60]]) == []
+    with pytest.raises(ModelError, match="token 61, and the model's embedding has 61 rows"):
+        check_texts(model, [[1], [2, 61, 3]])
+    with pytest.raises(ModelError, match="token 99"):
+        generate(model, [[99]], max_new_tokens=1, stop_ids=())
 
 
 @pytest.mark.parametrize("name", ["bloom", "mamba", "llama-dynamic"])

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _prepare(subject: Subject, config: RunConfig, split: str) -> Prepared:
     from lorikeet.data import preflight, prepare
-    from lorikeet.model import check_length
+    from lorikeet.model import check_texts
 
     if split == "all":
         config.data.validation = 0.0
@@ -91,7 +91,7 @@ def _prepare(subject: Subject, config: RunConfig, split: str) -> Prepared:
         prepared, tokenizer=subject.base.tokenizer, max_length=config.data.max_length
     ):
         console.warn(warning)
-    for warning in check_length(subject.base.model, prepared.report.longest):
+    for warning in check_texts(subject.base.model, prepared.ids):
         console.warn(warning)
     return prepared
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lorikeet.config import DataConfig
@@ -92,6 +92,11 @@ class Prepared:
     sha256: str
     validation_sha256: str | None
     report: Report
+
+    @property
+    def ids(self) -> Iterator[tuple[int, ...]]:
+        """The token ids of every example, held out or not."""
+        return (example.ids for example in (*self.train, *self.validation))
 
     def first(self, n: int) -> Prepared:
         """The same data with the first `n` rows alone; held out is what was held out of all."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from lorikeet.model import check_length, position_limit
+from lorikeet.model import check_texts, position_limit
 
 
 @torch.no_grad()
@@ -36,12 +36,10 @@ def generate(
         The new tokens of each prompt, without the prompt and without a stop token.
 
     Raises:
-        ModelError: the model has no positions for a prompt.
+        ModelError: the model has no rows for a token, or no positions for a prompt.
     """
+    check_texts(model, prompts, advice="shorten the prompt")
     limit = position_limit(model)
-    if limit is not None:
-        longest = max(map(len, prompts), default=0)
-        check_length(model, longest, advice="shorten the prompt")
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

@@ -23,6 +23,7 @@ from lorikeet.lora.targets import (
     find_targets,
     inventory,
     match_targets,
+    out_of_reach,
     scaled_rank,
 )
 from lorikeet.lora.tokens import (
@@ -78,6 +79,7 @@ __all__ = [
     "lora_layers",
     "lora_parameters",
     "match_targets",
+    "out_of_reach",
     "own_parameters",
     "parameter_report",
     "put_whole",

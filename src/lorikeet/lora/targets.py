@@ -107,6 +107,27 @@ def match_targets(model: nn.Module, config: LoraConfig) -> Match:
     return Match(tuple(targets), unused=unused)
 
 
+def out_of_reach(model: nn.Module, config: LoraConfig) -> list[str]:
+    """A warning if `all-linear` leaves out experts, whose weights are stacked, else nothing."""
+    if config.target_modules != "all-linear":
+        return []
+    stacked = {
+        name: module
+        for name, module in base_modules(model)
+        if "Experts" in type(module).__name__
+        and any(p.dim() == 3 for p in module.parameters(recurse=False))
+    }
+    if not stacked:
+        return []
+    inside = sum(p.numel() for module in stacked.values() for p in module.parameters())
+    share = inside / sum(p.numel() for p in model.parameters())
+    leaves = ", ".join(dict.fromkeys(map(leaf_name, stacked)))
+    return [
+        f"all-linear leaves out {leaves} ({share:.0%} of the model): their weights are stacked, and"
+        f" no adapter can take them; --lora.modules_to_save {leaves} trains them whole"
+    ]
+
+
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the model's modules by name as they are without adapters."""
     wrapped: set[str] = set()

@@ -5,7 +5,7 @@ The only part that imports `transformers`.
 
 from lorikeet.model.base import Base, empty_model, init_model, load_model, load_tokenizer, model_of
 from lorikeet.model.budget import Fit, fit_memory, measure
-from lorikeet.model.context import check_length, position_limit
+from lorikeet.model.context import check_length, check_texts, position_limit
 from lorikeet.model.fast import FastNll, int8_weights
 from lorikeet.model.fingerprint import fingerprint, tokenizer_fingerprint
 from lorikeet.model.graphs import graphed
@@ -30,6 +30,7 @@ __all__ = [
     "TokenNll",
     "can_multiply_int8",
     "check_length",
+    "check_texts",
     "choose",
     "describe",
     "empty_model",

@@ -1,7 +1,8 @@
-"""How long a text a model can read, and how long a one it was made for."""
+"""Which texts a model can read: the tokens it has rows for, the length it was made for."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lorikeet.errors import ModelError
@@ -18,8 +19,34 @@ def position_limit(model: Any) -> int | None:
     return _made_for(model) if has_table else None
 
 
-def check_length(model: Any, longest: int, *, advice: str = "lower --data.max_length") -> list[str]:
+def check_texts(
+    model: Any, texts: Iterable[Sequence[int]], *, advice: str = "lower --data.max_length"
+) -> list[str]:
     """A warning if a model was made for shorter texts than the longest one, else nothing.
+
+    Args:
+        model: its structure is enough.
+        texts: the token ids of each.
+        advice: what the user can do about a text that is too long.
+
+    Raises:
+        ModelError: the model lacks tokens, or positions for so many of them.
+    """
+    longest, highest = 0, -1
+    for ids in texts:
+        longest, highest = max(longest, len(ids)), max(highest, max(ids, default=-1))
+    rows = model.get_input_embeddings().weight.shape[0]
+    if highest >= rows:
+        raise ModelError(
+            f"the texts hold token {highest}, and the model's embedding has {rows} rows: model and"
+            " tokenizer do not belong together; take the tokenizer that the model came with, or"
+            " give the model new tokens with --lora.new_tokens"
+        )
+    return check_length(model, longest, advice=advice)
+
+
+def check_length(model: Any, longest: int, *, advice: str = "lower --data.max_length") -> list[str]:
+    """As `check_texts`, of the length of the longest text alone.
 
     Args:
         model: its structure is enough.

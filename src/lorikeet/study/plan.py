@@ -20,7 +20,7 @@ from lorikeet.lora import ParameterReport, carries_dora, grow_vocabulary, inject
 from lorikeet.model import (
     FastNll,
     TokenNll,
-    check_length,
+    check_texts,
     choose,
     empty_model,
     load_tokenizer,
@@ -157,8 +157,9 @@ def _workload(config: RunConfig, model: Any, tokenizer: Any) -> Workload:
         step = batch * longest
         micro = min(step, max(budget // longest, 1) * longest)
         return Workload(step, step, micro, micro)
-    examples = prepare(config.data, tokenizer, seed=config.train.seed).train
-    for warning in check_length(model, _longest(examples)):
+    prepared = prepare(config.data, tokenizer, seed=config.train.seed)
+    examples = prepared.train
+    for warning in check_texts(model, prepared.ids):
         console.warn(warning)
     lengths = sum(len(example.ids) for example in examples) / len(examples)
     supervised = sum(example.supervised_tokens for example in examples) / len(examples)

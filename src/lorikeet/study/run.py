@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from lorikeet.adapters import read_adapter_config, save_adapter
 from lorikeet.adapters.card import CARD_FILE, Outcome, card
 from lorikeet.config import RunConfig
 from lorikeet.data import Example, Prepared, Renderer, preflight, prepare
-from lorikeet.errors import ConfigError
+from lorikeet.errors import ConfigError, ModelError
 from lorikeet.evaluate import Score, evaluate, paired_difference
 from lorikeet.evaluate.samples import Sample, answer
 from lorikeet.files import atomic_folder, write_text
@@ -22,10 +23,11 @@ from lorikeet.lora import (
     carries_dora,
     grow_vocabulary,
     inject,
+    out_of_reach,
     parameter_report,
     unseen_tokens,
 )
-from lorikeet.model import Base, check_length, load_model
+from lorikeet.model import Base, check_texts, load_model
 from lorikeet.study.folder import RunFolder
 from lorikeet.study.progress import StepProgress
 from lorikeet.study.receipt import provenance, write_results
@@ -136,6 +138,12 @@ def run_on(
     folder.claim(config, identify(base, prepared))
 
     before = before or look(base, prepared, renderer, max_tokens=setup.steps.max_tokens)
+    if before.score and not math.isfinite(before.score.nll):
+        raise ModelError(
+            f"the loss of {base.path} on the held-out rows is {before.score.nll} before any"
+            " training: its weights are damaged, or too large for --model.dtype"
+            f" {base.machine.dtype_name}"
+        )
     seen = _seen(prepared, setup)
     seen_before = score(base, seen, max_tokens=setup.steps.max_tokens)
     validate = _validator(base, prepared, setup)
@@ -175,7 +183,7 @@ def load(config: RunConfig) -> tuple[Base, Prepared, Renderer]:
     prepared = prepare(config.data, base.tokenizer, seed=config.train.seed)
     for warning in preflight(prepared, tokenizer=base.tokenizer, max_length=config.data.max_length):
         console.warn(warning)
-    for warning in check_length(base.model, prepared.report.longest):
+    for warning in check_texts(base.model, prepared.ids):
         console.warn(warning)
     for warning in unseen_tokens(base.model, (example.ids for example in prepared.train)):
         console.warn(warning)
@@ -209,6 +217,8 @@ def load_base(config: RunConfig) -> Base:
 def make_trainable(base: Base, config: RunConfig) -> ParameterReport:
     """Inject adapters, or free every weight; report what will be trained."""
     if config.train.method == "lora":
+        for warning in out_of_reach(base.model, config.lora):
+            console.warn(warning)
         inject(base.model, config.lora, seed=config.train.seed)
     else:
         base.model.requires_grad_(True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,11 @@ def pictures(study: Study) -> dict[str, Picture]:
 
 
 @pytest.fixture(scope="module")
-def drawn() -> dict[str, dict[str, Picture]]:
+def drawn(
+    reported: Callable[[str], tuple[Path, dict[str, Picture]]],
+) -> dict[str, dict[str, Picture]]:
     """Pictures of every study, by name."""
-    studies = {**STUDIES, "draws": draws}
-    return {name: pictures(study()) for name, study in studies.items()}
+    return {"draws": pictures(draws()), **{name: reported(name)[1] for name in STUDIES}}
 
 
 def texts(picture: Picture) -> list[str]:

@@ -9,10 +9,11 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from made_up import NASTY, STUDIES, comparison, tiny
@@ -24,18 +25,50 @@ from lorikeet.study.record import Cost, Study
 from lorikeet.study.report import console_table, write_report
 from lorikeet.study.statistics import difference, estimate
 
+Reported = Callable[[str], tuple[Path, dict[str, Any]]]
 FILES = {"metrics.json", "experiment_table.md", "costs.md", "samples.jsonl", "report.html", "plots"}
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def written(reported: Reported) -> dict[str, Path]:
     """Every study's folder."""
     pytest.importorskip("matplotlib")
-    folders = {}
-    for name, study in STUDIES.items():
-        folders[name] = tmp_path_factory.mktemp(name)
-        write_report(study(), folders[name])
-    return folders
+    return {name: reported(name)[0] for name in STUDIES}
+
+
+class Elsewhere(NamedTuple):
+    """What another process wrote: two studies, before them one as if matplotlib were missing."""
+
+    folder: Path
+    without: Path
+    stderr: str
+
+
+AGAIN = ("grid", "comparison")
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
+    folder = tmp_path_factory.mktemp("elsewhere")
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "sys.modules['matplotlib'] = None\n"
+        "from pathlib import Path; from made_up import STUDIES\n"
+        "from lorikeet.study.report import write_report\n"
+        f"folder = Path({str(folder)!r})\n"
+        "write_report(STUDIES['comparison'](), folder / 'without')\n"
+        "del sys.modules['matplotlib']\n"
+        f"for name in {AGAIN!r}:\n"
+        "    write_report(STUDIES[name](), folder / name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+    )
+    return Elsewhere(folder, folder / "without", done.stderr)
 
 
 def read(folder: Path, name: str) -> str:
@@ -139,22 +172,12 @@ def test_tables_are_aligned_in_the_raw_text(written: dict[str, Path], name: str)
         assert all(len({cell_len(line) for line in block.splitlines()}) == 1 for block in blocks)
 
 
-def test_the_same_bytes_in_another_process(written: dict[str, Path], tmp_path: Path) -> None:
-    names = ("grid", "comparison")
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from pathlib import Path; from made_up import STUDIES\n"
-        "from lorikeet.study.report import write_report\n"
-        f"for name in {names!r}:\n"
-        f"    write_report(STUDIES[name](), Path({str(tmp_path)!r}) / name)\n"
-    )
-    environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-    for name in names:
+def test_the_same_bytes_in_another_process(written: dict[str, Path], elsewhere: Elsewhere) -> None:
+    for name in AGAIN:
         files = [path for path in written[name].rglob("*") if path.is_file()]
         assert len(files) > 10
         for file in files:
-            again = tmp_path / name / file.relative_to(written[name])
+            again = elsewhere.folder / name / file.relative_to(written[name])
             assert again.read_bytes() == file.read_bytes(), file.name
 
 
@@ -320,20 +343,12 @@ def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     assert len(json.loads(read(tmp_path, "metrics.json"))["runs"]) == 3
 
 
-def test_without_matplotlib_there_are_tables_and_a_note(tmp_path: Path) -> None:
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "sys.modules['matplotlib'] = None\n"
-        "from pathlib import Path; from made_up import comparison\n"
-        "from lorikeet.study.report import write_report\n"
-        f"write_report(comparison(), Path({str(tmp_path)!r}))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "pip install 'lorikeet[plots]'" in done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == FILES - {"plots"}
-    text = read(tmp_path, "report.html")
+def test_without_matplotlib_there_are_tables_and_a_note(elsewhere: Elsewhere) -> None:
+    assert elsewhere.stderr.count("pip install 'lorikeet[plots]'") == 1
+    assert {path.name for path in elsewhere.without.iterdir()} == FILES - {"plots"}
+    text = read(elsewhere.without, "report.html")
     assert "matplotlib is not installed" in text and "<svg" not in text
-    assert rows(read(tmp_path, "experiment_table.md"), "Results")
+    assert rows(read(elsewhere.without, "experiment_table.md"), "Results")
 
 
 def test_the_console_table_fits_a_terminal() -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -34,10 +35,25 @@ def _figures(study: Study) -> list[dict[str, object]]:
     return [{**trial.to_json(), "cost": None} for trial in study.trials]
 
 
-def test_a_sweep_measures_every_combination_and_the_base(
-    tmp_path: Path, sweep_yaml: SweepYaml
-) -> None:
-    study = run_sweep(read_sweep(sweep_yaml(VARIED)), tmp_path / "a")
+class Swept(NamedTuple):
+    """A sweep that one process has done: its file, its folder, what it found."""
+
+    path: Path
+    out: Path
+    study: Study
+
+
+@pytest.fixture(scope="module")
+def swept(
+    tmp_path_factory: pytest.TempPathFactory, sweep_yaml_in: Callable[[Path], SweepYaml]
+) -> Swept:
+    folder = tmp_path_factory.mktemp("swept")
+    path = sweep_yaml_in(folder)(VARIED, model__threads=1)
+    return Swept(path, folder / "a", run_sweep(read_sweep(path), folder / "a"))
+
+
+def test_a_sweep_measures_every_combination_and_the_base(tmp_path: Path, swept: Swept) -> None:
+    study = swept.study
     assert [trial.name for trial in study.trials] == [
         "base",
         *(f"r={r},seed={seed}" for r in (1, 2) for seed in (0, 1)),
@@ -48,25 +64,24 @@ def test_a_sweep_measures_every_combination_and_the_base(
     assert len(study.questions) == len(study.trials[0].answers) > 0
     assert any("lora.alpha is 16 at every rank" in note for note in study.notes)
 
-    again = run_sweep(read_sweep(sweep_yaml(VARIED)), tmp_path / "a")
+    again = run_sweep(read_sweep(swept.path), swept.out)
     assert again.receipt["loads"] == {"base": 0, "data": 0}  # all was done: nothing is loaded
     assert _figures(again) == _figures(study)
-    anew = run_sweep(read_sweep(sweep_yaml(VARIED)), tmp_path / "b")
+    anew = run_sweep(read_sweep(swept.path), tmp_path / "b")
     assert _figures(anew) == _figures(study)
 
 
-def test_several_processes_find_what_one_finds(tmp_path: Path, sweep_yaml: SweepYaml) -> None:
-    path = sweep_yaml(VARIED, model__threads=1)
-    alone = run_sweep(read_sweep(path), tmp_path / "a")
-    together = run_sweep(read_sweep(path), tmp_path / "b", hire=partial(gather, workers=2))
-    assert _figures(together) == _figures(alone)
+def test_several_processes_find_what_one_finds(tmp_path: Path, swept: Swept) -> None:
+    hire = partial(gather, workers=2)
+    together = run_sweep(read_sweep(swept.path), tmp_path / "b", hire=hire)
+    assert _figures(together) == _figures(swept.study)
     assert together.receipt["loads"] == {"base": 2, "data": 2}
 
 
 def test_a_process_that_is_killed_costs_its_trial_alone(
     tmp_path: Path, sweep_yaml: SweepYaml
 ) -> None:
-    path = sweep_yaml({"seed": [0, 1, 2]}, model__threads=1, train__max_steps=120)
+    path = sweep_yaml({"seed": [0, 1, 2]}, model__threads=1, train__max_steps=60)
     out = tmp_path / "out"
     killer = _kill_whoever_writes(out / "runs" / "seed=1" / "metrics.jsonl")
     study = run_sweep(read_sweep(path), out, hire=partial(gather, workers=2))

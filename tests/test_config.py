@@ -311,6 +311,31 @@ def test_patience_needs_evaluations() -> None:
     assert "data.validation is 0" in problems(overrides)[0]
 
 
+@pytest.mark.parametrize("option", ["lora.r: yes", "data.limit: true", "train.max_steps: on"])
+def test_a_switch_is_no_number(tmp_path: Path, option: str) -> None:
+    """YAML 1.1 reads these as true, and true counts as 1 elsewhere."""
+    name, _, value = option.partition(": ")
+    section, _, key = name.partition(".")
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{section}: {{{key}: {value}}}\n", encoding="utf-8")
+    assert problems({}, file)[0].startswith(f"{name}: expected a value")
+
+
+def test_off_is_off(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {fast: off}\ntrain: {int8: on}\n", encoding="utf-8")
+    config = load_config(file)
+    assert config.model.fast == "off"
+    assert config.train.int8 is True
+
+
+def test_a_key_that_is_a_list(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("? [a]\n: 3\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="a key is a list or a mapping"):
+        load_config(file)
+
+
 def test_options_that_full_fine_tuning_does_not_use() -> None:
     given = {"lora.r": 8, "lora.new_tokens": ["<a>"], "train.loraplus_lr_ratio": 16}
     assert load_config(None, given).unused() == []

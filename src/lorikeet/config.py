@@ -7,12 +7,20 @@ text. `load_config` merges a file and flags, and reports every problem at once.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from lorikeet.errors import ConfigError
@@ -33,6 +41,17 @@ class _Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_in_place_of_a_number(cls, value: object, info: ValidationInfo) -> object:
+        """YAML reads `yes` and `off` as booleans, and pydantic would read `true` as 1."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if not isinstance(value, bool) or annotation is bool:
+            return value
+        if value is False and "off" in get_args(annotation):
+            return "off"
+        raise ValueError(f"expected a value, and {'yes' if value else 'no'} is a switch's")
 
 
 class ModelConfig(_Section):
@@ -325,6 +344,10 @@ class _StrictLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key is a list or a mapping", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is given twice", key_node.start_mark

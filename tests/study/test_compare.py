@@ -106,6 +106,11 @@ def test_every_problem_of_a_comparison_is_reported_at_once(small: Small) -> None
         assert part in said
 
 
+def test_a_comparison_of_nothing(small: Small) -> None:
+    with pytest.raises(ConfigError, match="no method is to be trained; there are lora, full"):
+        Comparison(small(), methods=[])
+
+
 def test_methods_that_fail_are_told_and_all_failing_is_an_error(
     tmp_path: Path, small: Small
 ) -> None:

@@ -70,6 +70,8 @@ class Comparison:
             for name in [*self.methods, *(self.grids or {})]
             if name not in METHODS
         ]
+        if not self.methods:
+            problems.append(f"no method is to be trained; there are {', '.join(METHODS)}")
         if self.config.train.method != "lora":
             problems.append("train.method says one method; --methods says which are compared")
         if self.config.train.learning_rate is not None:

@@ -58,16 +58,17 @@ def build(
     *,
     adapted: bool = True,
     dtype: torch.dtype = torch.bfloat16,
-    dropout: float = 0.0,
     device: str = "cpu",
+    **options: Any,
 ) -> Any:
+    """A random model in training; `options` are those of its adapters."""
     torch.manual_seed(4)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
             CONFIGS[name](), dtype=dtype, attn_implementation=IMPLEMENTATION
         )
     if adapted:
-        inject(model, LoraConfig(r=4, dropout=dropout), seed=3)
+        inject(model, LoraConfig(r=4, **options), seed=3)
         for parameter in lora_parameters(model).values():
             nn.init.normal_(parameter, std=0.2)
     return model.train()
@@ -133,6 +134,13 @@ def assert_replayed(model: Any, batch: Batch) -> None:
 def test_a_replay_is_the_pass_itself(name: str, adapted: bool, dropout: float) -> None:
     model = build(name, adapted=adapted, dropout=dropout)
     assert_replayed(model, packed(17, 2, 1, 29, 23))
+
+
+@compiled
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_adapters_on_everything(name: str) -> None:
+    options = {"target_modules": ".*(_proj|lm_head|embed_tokens)", "dropout": 0.2}
+    assert_replayed(build(name, **options), packed(17, 2, 1, 29, 23))
 
 
 @compiled

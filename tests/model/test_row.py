@@ -7,7 +7,7 @@ import torch
 
 from lorikeet.data import Example, pack
 from lorikeet.data.batch import Batch
-from lorikeet.model.row import Sizes, coarse, key_tensor, lay_out, least, recordable
+from lorikeet.model.row import IGNORED, Sizes, coarse, key_tensor, lay_out, least, recordable
 
 
 def packed(*lengths: int) -> Batch:
@@ -45,7 +45,7 @@ def test_a_row_that_can_be_recorded() -> None:
     row = recordable(batch, Sizes(128, 8, 64), [3, 0xFFFFFFFF])
     assert row.lengths is None and row.max_seqlen == 128
     assert row.cu_seqlens.tolist() == [0, 20, 33, 128, 128, 128, 128, 128, 128]
-    assert row.targets.tolist() == [7] * 31 + [-1] * 33
+    assert row.targets.tolist() == [7] * 31 + [IGNORED] * 33
     assert row.rows[:31].tolist() == batch.rows.tolist() and not row.rows[31:].any()
     assert row.keys is not None and list(row.keys) == [3, -1]
 

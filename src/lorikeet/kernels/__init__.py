@@ -2,7 +2,8 @@
 
 Tensors in, tensors out: nothing here knows a model, an option or a batch. Every function computes
 in the dtype of its input and works in float64 too, which is what its test compares it with. On
-processors with AVX512-BF16 the row-wise parts and the attention run in compiled code (`native`).
+processors with AVX512-BF16 the row-wise parts and the attention run in compiled code (`native`);
+on a GPU TorchInductor compiles the former (`fused`), and the latter is PyTorch's FlashAttention.
 
 Shape legend of all files: T tokens, I inputs, O outputs, R the ranks of adapters that share an
 input, laid side by side; H query heads, K key-value heads, D head size; S supervised rows, V

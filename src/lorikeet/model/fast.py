@@ -57,7 +57,7 @@ class FastNll:
         return self.of_row(model, lay_out(batch, least(batch), keys=keys))
 
     def of_row(self, model: Any, row: Row) -> Tensor:
-        """Nats of each target of a row, [S]: 0 where it is negative.
+        """Nats of each target of a row, [S]: 0 where it is `IGNORED`.
 
         No value of a tensor is read, so that a GPU is never waited for.
         """

@@ -141,11 +141,15 @@ class _Graph:
 
     def record(self, record: Record) -> float:
         """Record the pass; return how far its replay is off, relative to what it should be."""
-        self._run()
-        losses = self.losses.clone()
-        gradients = [gradient.clone() for gradient in _present(self.gradients)]
-        self._again = record(self._run)
-        self.replay(self._row)
+        gpus = [self._row.ids.device] if self._row.ids.is_cuda else []
+        with torch.random.fork_rng(gpus):  # an adapted head draws its dropout from there
+            torch.manual_seed(0)
+            self._run()
+            losses = self.losses.clone()
+            gradients = [gradient.clone() for gradient in _present(self.gradients)]
+            self._again = record(self._run)
+            torch.manual_seed(0)
+            self.replay(self._row)
         return _gap([self.losses], [losses]) + _gap(_present(self.gradients), gradients)
 
     def replay(self, row: Row) -> None:

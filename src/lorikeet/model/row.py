@@ -17,6 +17,9 @@ from lorikeet.data.batch import Batch
 STEP = 32
 """Rows are padded to a multiple of this: oneDNN compiles its products for every new length."""
 
+IGNORED = -100
+"""The target of rows that do not count, as in `torch.nn.functional.cross_entropy`."""
+
 SITES = 4
 """Inputs that adapters share in a block: of q k v, of o, of gate and up, of down."""
 
@@ -33,7 +36,7 @@ class Row:
             must depend on tensors alone.
         max_seqlen: no document is longer.
         rows: int64 [S], where something is predicted.
-        targets: int64 [S], what; negative where nothing is.
+        targets: int64 [S], what; `IGNORED` where nothing is.
         keys: of the dropout mask at every site, numbers or int32 [sites]; None without dropout.
     """
 
@@ -95,7 +98,7 @@ def lay_out(batch: Batch, sizes: Sizes, *, keys: Sequence[int] | Tensor | None =
     rows, targets = batch.rows, batch.targets
     if idle := sizes.supervised - batch.supervised_tokens:
         rows = torch.cat([rows, rows.new_zeros(idle)])
-        targets = torch.cat([targets, targets.new_full((idle,), -1)])
+        targets = torch.cat([targets, targets.new_full((idle,), IGNORED)])
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
     return Row(
         ids=ids,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,26 +48,25 @@ def test_an_interruption_leaves_the_earlier_file(error: Any, bases: Bases, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
 
 
-FULL = """
-import resource, sys
-from pathlib import Path
-from lorikeet.export.convert import Conversion, export_gguf
-base, out = map(Path, sys.argv[1:])
-conversion = Conversion.plan(base, "f32")
-resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-export_gguf(conversion, out)
-"""
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Within the block no file can grow beyond this size."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk(bases: Bases, tmp_path: Path) -> None:
     """A bound on the size of files stands for it."""
     out = tmp_path / "x.gguf"
     out.write_text("earlier")
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, str(bases("llama")), str(out)], capture_output=True, text=True
-    )
-    assert "lorikeet.errors.StorageError: cannot write" in done.stderr
-    assert "free some space" in done.stderr
+    conversion = Conversion.plan(bases("llama"), "f32")
+    with largest_file(300_000), pytest.raises(StorageError, match="cannot write") as caught:
+        export_gguf(conversion, out)
+    assert "free some space" in str(caught.value)
     assert out.read_text() == "earlier"
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
 

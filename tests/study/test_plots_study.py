@@ -18,10 +18,11 @@ from made_up import STUDIES, comparison, draws, sweep
 from lorikeet.study.figures import perplexity
 from lorikeet.study.outcomes import by_quality, outcomes
 from lorikeet.study.plots.axes import number, round_figures, spread_out
-from lorikeet.study.plots.curves import smoothed, thinned
+from lorikeet.study.plots.curves import plot_losses, smoothed, thinned
+from lorikeet.study.plots.heat_map import plot_heat_map
 from lorikeet.study.plots.naming import shortened
 from lorikeet.study.plots.study import draw
-from lorikeet.study.plots.style import Picture, inline_svg, look
+from lorikeet.study.plots.style import Picture, inline_svg, look, styled
 from lorikeet.study.plots.tradeoffs import front
 from lorikeet.study.record import Study
 
@@ -40,6 +41,20 @@ def drawn(
 ) -> dict[str, dict[str, Picture]]:
     """Pictures of every study, by name."""
     return {"draws": pictures(draws()), **{name: reported(name)[1] for name in STUDIES}}
+
+
+def losses(study: Study) -> Picture:
+    with styled():
+        made = plot_losses(outcomes(study))
+    assert made is not None
+    return made
+
+
+def heat_map(study: Study) -> Picture:
+    with styled():
+        made = plot_heat_map(study, outcomes(study))
+    assert made is not None
+    return made
 
 
 def texts(picture: Picture) -> list[str]:
@@ -90,8 +105,7 @@ def test_failed_settings_are_marked(drawn: dict[str, dict[str, Picture]]) -> Non
         lambda point: 1.5,
         failing=lambda point: point == {"lora.r": 8, "data.limit": 100},
     )
-    assert texts(pictures(whole)["heat_map"]).count("-") == 0
-    assert texts(pictures(holed)["heat_map"]).count("-") == 1
+    assert [texts(heat_map(study)).count("-") for study in (whole, holed)] == [0, 1]
 
 
 def test_a_group_without_a_number_is_named_as_left_out(
@@ -110,7 +124,7 @@ def test_of_many_groups_the_best_and_the_worst_have_panels() -> None:
 
     study = sweep({"lora.r": ranks, "data.limit": rows}, nll)
     ranked = [outcome.label.removeprefix("lora ") for outcome in by_quality(outcomes(study))]
-    picture = pictures(study)["loss"]
+    picture = losses(study)
     shown = [text for text in texts(picture) if text.startswith("r=")]
     assert shown == [*ranked[:9], *ranked[-3:]]
     assert "Of 16 groups the 9 best and the 3 worst" in picture.caption
@@ -215,5 +229,4 @@ def seeds_differ(study: Study, steps: Sequence[int]) -> Study:
 
 
 def test_curves_of_unequal_lengths_can_be_drawn() -> None:
-    found = pictures(seeds_differ(comparison(other=False), (150, 0, 1, 40)))
-    assert "loss" in found
+    assert losses(seeds_differ(comparison(other=False), (150, 0, 1, 40))).name == "loss"

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorikeet.data import Example
 from lorikeet.errors import DataError
-from lorikeet.evaluate import Difference, Score, evaluate, paired_difference, ratio_stderr
+from lorikeet.evaluate import Score, evaluate, paired_difference, student_t95
 from lorikeet.model import load_model
 
 STORIES = [
@@ -131,10 +131,9 @@ def test_standard_error_against_a_bootstrap() -> None:
 
 
 def test_standard_error_by_hand() -> None:
-    """Ratio 2, residuals 1, -1, 0, 0: sqrt(4 / 3 * 2) / 10."""
-    found = ratio_stderr(np.array([3.0, 5.0, 4.0, 8.0]), np.array([1, 3, 2, 4]))
-    assert found == pytest.approx(math.sqrt(8 / 3) / 10)
-    assert ratio_stderr(np.array([3.0]), np.array([2])) is None
+    """Ratio 2, residuals 1, -1, 0, 0 over 1 - 0.1, 1 - 0.3: the jackknife's."""
+    score = Score(np.array([3.0, 5.0, 4.0, 8.0]), np.array([1, 3, 2, 4]), 0)
+    assert score.nll_stderr == pytest.approx(math.sqrt(3 / 4 * (1 / 0.9**2 + 1 / 0.7**2)) / 10)
 
 
 def test_paired_difference() -> None:
@@ -152,7 +151,8 @@ def test_paired_difference() -> None:
     assert difference.stderr == pytest.approx(ratios.std(), rel=0.1)
     low, high = difference.interval or (0, 0)
     assert low < -0.05 < high < 0
-    assert (high - low) / 2 == pytest.approx(1.96 * difference.stderr, rel=1e-3)
+    assert difference.df is not None
+    assert (high - low) / 2 == pytest.approx(student_t95(difference.df) * difference.stderr)
     assert str(difference).startswith(f"{difference.nll:+.4f} nats/token, 95 % interval [-0.0")
     json.dumps(difference.summary())
 
@@ -165,9 +165,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     for _ in range(400):
         chosen = draw.choice(4000, 60, replace=False)
         sample = Score(population.nats[chosen], population.tokens_per_document[chosen], 0)
-        difference = Difference(sample.nll - population.nll, sample.nll_stderr)
-        low, high = difference.interval or (0, 0)
-        hits += low < 0 < high
+        low, high = sample.interval or (0, 0)
+        hits += low < population.nll < high
     assert 0.92 <= hits / 400 <= 0.98
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from lorikeet import console
@@ -48,10 +47,10 @@ def _cells(link: Link) -> list[str]:
 
 
 def _perplexity(score: Score) -> str:
-    from lorikeet.evaluate.score import Z95
+    from lorikeet.study.statistics import safe_exp
 
     digits = 4 if score.perplexity < 100 else 1
-    if score.nll_stderr is None:
+    if score.interval is None:
         return f"{score.perplexity:,.{digits}f}"
-    low, high = (math.exp(score.nll + sign * Z95 * score.nll_stderr) for sign in (-1, 1))
+    low, high = map(safe_exp, score.interval)
     return f"{score.perplexity:,.{digits}f} ± {(high - low) / 2:,.{digits}f}"

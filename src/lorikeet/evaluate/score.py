@@ -18,10 +18,8 @@ from torch import nn
 from lorikeet.data.batch import micro_batches, pack
 from lorikeet.data.example import Example
 from lorikeet.errors import DataError
+from lorikeet.evaluate.interval import ratio_error, student_t95
 from lorikeet.model.loss import TokenNll, token_nll
-
-Z95 = 1.959963984540054
-"""Two-sided 95 % point of the normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,14 @@ class Score:
     @property
     def nll_stderr(self) -> float | None:
         """Standard error of `nll` over documents; None for a single one."""
-        return ratio_stderr(self.nats, self.tokens_per_document)
+        error = ratio_error(self.nats, self.tokens_per_document)
+        return error and error[0]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of `nll`, by Student's t; None for a single document."""
+        error = ratio_error(self.nats, self.tokens_per_document)
+        return error and _interval(self.nll, *error)
 
     def summary(self) -> dict[str, Any]:
         """The figures as a JSON-ready dict."""
@@ -86,41 +91,36 @@ class Difference:
 
     Attributes:
         nll: the difference.
-        stderr: its standard error over documents, or None for a single one.
+        stderr: its standard error over documents; None for a single one, or a loss that is not
+            finite.
+        df: degrees of freedom of the Student's t whose quantile spans the interval; None likewise.
     """
 
     nll: float
     stderr: float | None
+    df: float | None
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """95 % confidence interval."""
-        if self.stderr is None:
+        if self.stderr is None or self.df is None:
             return None
-        return self.nll - Z95 * self.stderr, self.nll + Z95 * self.stderr
+        return _interval(self.nll, self.stderr, self.df)
 
     def summary(self) -> dict[str, Any]:
         """The figures as a JSON-ready dict."""
-        return {"nll": self.nll, "nll_stderr": self.stderr, "interval95": self.interval}
+        return {
+            "nll": self.nll,
+            "nll_stderr": self.stderr,
+            "df": self.df,
+            "interval95": self.interval,
+        }
 
     def __str__(self) -> str:
         if self.interval is None:
             return f"{self.nll:+.4f} nats/token"
         low, high = self.interval
         return f"{self.nll:+.4f} nats/token, 95 % interval [{low:+.4f}, {high:+.4f}]"
-
-
-def ratio_stderr(nats: np.ndarray, tokens: np.ndarray) -> float | None:
-    """Standard error of the ratio sum(nats) / sum(tokens), documents being the sampling units.
-
-    Linearised ratio estimator (Cochran, Sampling Techniques, 1977, eq. 6.9): residuals
-    e = nats - ratio * tokens, stderr = sqrt(D / (D - 1) * sum(e^2)) / sum(tokens).
-    """
-    documents = len(nats)
-    if documents < 2:
-        return None
-    residuals = nats - nats.sum() / tokens.sum() * tokens
-    return float(math.sqrt(documents / (documents - 1) * (residuals**2).sum()) / tokens.sum())
 
 
 def paired_difference(score: Score, base: Score) -> Difference:
@@ -132,8 +132,13 @@ def paired_difference(score: Score, base: Score) -> Difference:
     if not np.array_equal(score.tokens_per_document, base.tokens_per_document):
         raise ValueError("the two scores are not of the same documents, so they cannot be paired")
     gaps = score.nats - base.nats
-    tokens = base.tokens_per_document
-    return Difference(float(gaps.sum()) / base.tokens, ratio_stderr(gaps, tokens))
+    error = ratio_error(gaps, base.tokens_per_document)
+    return Difference(float(gaps.sum()) / base.tokens, *(error or (None, None)))
+
+
+def _interval(nll: float, stderr: float, df: float) -> tuple[float, float]:
+    reach = student_t95(df) * stderr
+    return nll - reach, nll + reach
 
 
 def evaluate(

@@ -4,11 +4,8 @@ Two things vary: the documents that happened to be scored, and the seeds that ha
 Every document is scored under every seed, so the two are crossed. The method, chosen by simulation
 (`tests/study/test_statistics.py` holds its coverage):
 
-- The figure is a ratio of sums over documents of unequal length, so the variance over documents is
-  the jackknife's: residuals of the linearised ratio (Cochran, Sampling Techniques, 1977, eq. 6.9),
-  each divided by one minus its document's share of the tokens. Its degrees of freedom come from the
-  residuals' kurtosis (Shoemaker, The American Statistician 57, 2003): some long or odd documents
-  carry most of the variance, and then D documents tell less of it than D - 1 degrees say.
+- The variance over documents, and how well it is known, is that of `evaluate.interval`, which
+  every score has: the jackknife's, with degrees of freedom from the residuals' kurtosis.
 - The variance of the seeds is what their means differ beyond what the documents x seeds
   interaction makes them differ (analysis of variance, two-way crossed random effects).
 - The t quantile lies between the documents' and the seeds' by the share that the seeds have in the
@@ -25,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from lorikeet.evaluate import Score
+from lorikeet.evaluate import Score, student_t95
+from lorikeet.evaluate.interval import over_documents, quotient, student_df95
 
-_LEVEL = 0.05
 _SEED_POWER = 1.5
 """Power of the seeds' share. Cochran and Cox have 1, which covers 97.8 % with three seeds whose
 spread is that of the documents. With 1.5 three and five seeds stay within 93 to 97 %; two are at
@@ -132,23 +129,6 @@ def difference(scores: Sequence[Score], base: Sequence[Score]) -> Estimate:
     return _estimate([ours, -theirs], tokens)
 
 
-def student_t95(df: float) -> float:
-    """Two-sided 95 % point of Student's t; degrees of freedom from 1 on, whole or not.
-
-    Newton's steps on the tail area, which falls and is convex in t, from Fisher's expansion
-    (Abramowitz and Stegun 26.7.5). Exact to ten digits.
-    """
-    z = 1.959963984540054
-    t = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
-    for _ in range(64):
-        density = math.exp(-(df + 1) / 2 * math.log1p(t * t / df) - _log_beta(df)) / math.sqrt(df)
-        step = (_two_tails(t, df) - _LEVEL) / (2 * density)
-        t += step
-        if abs(step) < 1e-11 * t:
-            break
-    return t
-
-
 def _estimate(sides: Sequence[np.ndarray], tokens: np.ndarray) -> Estimate:
     """`sides` add up: [S, D] each, with a sign of their own; `tokens` [D]."""
     documents, seeds = len(tokens), max(len(side) for side in sides)
@@ -157,7 +137,7 @@ def _estimate(sides: Sequence[np.ndarray], tokens: np.ndarray) -> Estimate:
         return Estimate(nll, None, None, None, None, documents, seeds)
     nll, stderr, t = (float(value) for value in interval(sides, tokens))
     reach = t * stderr
-    return Estimate(nll, nll - reach, nll + reach, stderr, _df(t), documents, seeds)
+    return Estimate(nll, nll - reach, nll + reach, stderr, student_df95(t), documents, seeds)
 
 
 def interval(
@@ -176,7 +156,7 @@ def interval(
     total = tokens.sum(-1)
     mean = np.add.reduce([side.mean(-2) for side in sides])
     nll = mean.sum(-1) / total
-    by_documents, df = _over_documents(mean - nll[..., None] * tokens, tokens)
+    by_documents, df = over_documents(mean - nll[..., None] * tokens, tokens)
     seeded = [(*_over_seeds(side, tokens), side.shape[-2] - 1) for side in sides]
     between = np.add.reduce([found for found, _, _ in seeded])
     crossed = np.add.reduce([found for _, found, _ in seeded])
@@ -186,20 +166,10 @@ def interval(
     t = _quantiles(df)
     if np.any(between > 0):
         doubt = np.add.reduce([found**2 / degrees for found, _, degrees in seeded if degrees])
-        seeds_t = _quantiles(np.maximum(_ratio(between**2, doubt, otherwise=1.0), 1.0))
-        share = _ratio(between, variance, otherwise=0.0) ** _SEED_POWER
+        seeds_t = _quantiles(np.maximum(quotient(between**2, doubt, otherwise=1.0), 1.0))
+        share = quotient(between, variance, otherwise=0.0) ** _SEED_POWER
         t = t + share * np.maximum(seeds_t - t, 0)
     return nll, np.sqrt(variance), t
-
-
-def _over_documents(residuals: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Variance of a ratio over its documents, [...], and the degrees of freedom of it."""
-    n, total = tokens.shape[-1], tokens.sum(-1)
-    left_out = residuals / (1 - tokens / total[..., None])
-    squares = (left_out**2).sum(-1)
-    kurtosis = _ratio(n * (left_out**4).sum(-1), squares**2, otherwise=3.0)
-    df = 2 * n / np.maximum(kurtosis - (n - 3) / (n - 1), 2 * n / (n - 1))
-    return (n - 1) / n * squares / total**2, np.maximum(df, 1.0)
 
 
 def _over_seeds(side: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -231,52 +201,10 @@ def _nats(scores: Sequence[Score]) -> np.ndarray:
     return np.stack([score.nats for score in scores])
 
 
-def _df(t: float) -> float:
-    """Degrees of freedom of which `t` is the 95 % point, by halving; at most a million."""
-    low, high = 0.0, math.log(1e6)
-    for _ in range(50):
-        middle = (low + high) / 2
-        more = _two_tails(t, math.exp(middle)) > _LEVEL
-        low, high = (middle, high) if more else (low, middle)
-    return math.exp(low)
-
-
-def _two_tails(t: float, df: float) -> float:
-    """P(|T| > t): the regularised incomplete beta function I_x(df / 2, 1 / 2), x = df / (df + t^2).
-
-    By its continued fraction (Abramowitz and Stegun 26.5.8) with Lentz's method, which converges
-    fast from the normal's 95 % point on.
-    """
-    a, x = df / 2, df / (df + t * t)
-    c, d = 1.0, 1 / (1 - (a + 0.5) / (a + 1) * x)
-    fraction = d
-    for m in range(1, 10_000):
-        even = m * (0.5 - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        d, c = 1 / (1 + even * d), 1 + even / c
-        fraction *= d * c
-        odd = -(a + m) * (a + 0.5 + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        d, c = 1 / (1 + odd * d), 1 + odd / c
-        fraction *= d * c
-        if abs(d * c - 1) < 1e-14:
-            break
-    return math.exp(a * math.log(x) - _log_beta(df)) * math.sqrt(1 - x) * fraction / a
-
-
-def _log_beta(df: float) -> float:
-    """Logarithm of the beta function B(df / 2, 1 / 2)."""
-    return math.lgamma(df / 2) + math.log(math.pi) / 2 - math.lgamma((df + 1) / 2)
-
-
 def _quantiles(df: np.ndarray) -> np.ndarray:
     """`student_t95` of many, each value once."""
     values, where = np.unique(np.round(df, 9), return_inverse=True)
     return np.array([student_t95(value) for value in values.tolist()])[where].reshape(np.shape(df))
-
-
-def _ratio(over: np.ndarray, under: np.ndarray, *, otherwise: float) -> np.ndarray:
-    """`over / under`, and `otherwise` where that is 0 / 0."""
-    found = np.full(np.shape(under), otherwise)
-    return np.divide(over, under, out=found, where=np.asarray(under) > 0)
 
 
 def _finite(value: float) -> float | None:

@@ -17,7 +17,6 @@ from lorikeet.config import RunConfig, load_config
 from lorikeet.errors import ConfigError, InputError
 from lorikeet.evaluate import Difference, Sample
 from lorikeet.study.folder import RunFolder
-from lorikeet.study.statistics import student_t95
 from lorikeet.train import read_metrics
 
 
@@ -72,14 +71,8 @@ class Measured:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of the difference by Student's t; None for a single document.
-
-        The receipt's is that of the normal distribution, which is too narrow for a few documents.
-        """
-        if self.difference.stderr is None:
-            return None
-        reach = student_t95(self.documents - 1) * self.difference.stderr
-        return self.difference.nll - reach, self.difference.nll + reach
+        """95 % interval of the difference; None for a single document."""
+        return self.difference.interval
 
     def summary(self) -> dict[str, Any]:
         """The difference as a JSON-ready dict."""
@@ -91,10 +84,7 @@ class Measured:
         }
 
     def __str__(self) -> str:
-        if self.interval is None:
-            return f"{self.difference.nll:+.4f} nats/token"
-        low, high = self.interval
-        return f"{self.difference.nll:+.4f} nats/token, 95 % interval [{low:+.4f}, {high:+.4f}]"
+        return str(self.difference)
 
 
 @dataclass(frozen=True)
@@ -236,12 +226,14 @@ def _measured(found: Mapping[str, Any]) -> Measured | None:
     base, tuned, difference = found.get("base"), found.get("tuned"), found.get("difference")
     if not base or not tuned or not difference:
         return None
+    documents = base["documents"]
+    df = difference.get("df") or max(documents - 1, 1)  # older receipts have none
     return Measured(
-        documents=base["documents"],
+        documents=documents,
         base=base["nll"],
         tuned=tuned["nll"],
         tuned_stderr=tuned["nll_stderr"],
-        difference=Difference(difference["nll"], difference["nll_stderr"]),
+        difference=Difference(difference["nll"], difference["nll_stderr"], df),
     )
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from lorikeet.evaluate.score import Z95
+from lorikeet.evaluate import Z95, student_t95
 from lorikeet.study.doctor.facts import Measured, RunFacts
 from lorikeet.study.doctor.finding import Finding
 from lorikeet.study.doctor.learning import NOTHING
-from lorikeet.study.statistics import student_t95
 
 POWER_Z = 0.8416
 """Standard errors by which a difference must lie beyond the 95 % point to be found four times in
@@ -247,8 +246,9 @@ def same_as_base(facts: RunFacts) -> Iterator[Finding]:
     measured = facts.validation
     if measured is None:
         return
-    evidence, stderr = measured.summary(), measured.difference.stderr
-    if stderr is None or measured.interval is None:
+    evidence, difference = measured.summary(), measured.difference
+    stderr, df = difference.stderr, difference.df
+    if stderr is None or df is None or measured.interval is None:
         yield Finding(
             "validation-too-small",
             "hint",
@@ -260,7 +260,7 @@ def same_as_base(facts: RunFacts) -> Iterator[Finding]:
     low, high = measured.interval
     if not low <= 0 <= high or max(-low, high) < NOTHING:  # the latter is known: not learning
         return
-    visible = (student_t95(measured.documents - 1) + POWER_Z) * stderr
+    visible = (student_t95(df) + POWER_Z) * stderr
     evidence["smallest_visible"] = visible
     if visible > VISIBLE:
         needed = math.ceil(measured.documents * ((Z95 + POWER_Z) * stderr / VISIBLE) ** 2)

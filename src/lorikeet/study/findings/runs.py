@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from lorikeet.evaluate import student_t95
 from lorikeet.study.findings.finding import Finding, change, some
 from lorikeet.study.findings.groups import gap, ordered
 from lorikeet.study.record import Group, Study, Trial
-from lorikeet.study.statistics import Estimate, student_t95
+from lorikeet.study.statistics import Estimate
 from lorikeet.study.tables import last_line
 from lorikeet.study.wording import count, without_places
 

@@ -101,7 +101,7 @@ def mlp(p: float) -> Pass:
     """A gated MLP whose factors are trained."""
     x = leaf(TOKENS, WIDTH)
     gate, up, down = (
-        Projection(leaf(*shape).detach(), None, master(RANK, shape[1]), master(shape[0], RANK), 1.0)
+        Projection(leaf(*shape).detach(), None, master(RANK, shape[1]), master(shape[0], RANK))
         for shape in ((INNER, WIDTH), (INNER, WIDTH), (WIDTH, INNER))
     )
     drops = (Dropout(p, 1), Dropout(p, 2)) if p else (None, None)

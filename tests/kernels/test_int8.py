@@ -104,7 +104,7 @@ def test_a_projection_with_an_int8_weight() -> None:
         x = torch.randn(10, 32, requires_grad=True)
         own = [[f.clone().requires_grad_() for f in pair] for pair in factors]
         projections = [
-            Projection(w, None, A, B, 0.5, quantize_weight(w) if rounded else None)
+            Projection(w, None, A, B, scale=0.5, rounded=quantize_weight(w) if rounded else None)
             for w, (A, B) in zip(weights, own, strict=True)
         ]
         outputs = project(x, projections)

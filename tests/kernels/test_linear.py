@@ -41,6 +41,7 @@ def inputs(
     sizes: tuple[int, int, int],
     *,
     bias: bool = False,
+    gain: bool = False,
 ) -> dict[str, Tensor | None]:
     """float64 tensors by name; map i has sizes of its own: I to O + 3 i."""
     tokens, width, out = sizes
@@ -51,22 +52,23 @@ def inputs(
         tensors[f"bias{i}"] = torch.randn(rows) if bias else None
         tensors[f"A{i}"] = None if r is None else torch.randn(r, width) / width**0.5
         tensors[f"B{i}"] = None if r is None else torch.randn(rows, r)
+        tensors[f"gain{i}"] = torch.rand(rows) + 0.5 if gain and r is not None else None
     return {name: None if t is None else t.double() for name, t in tensors.items()}
 
 
 def maps(tensors: dict[str, Tensor | None]) -> list[tuple[Tensor | None, ...]]:
-    """(weight, bias, A, B) of every map."""
+    """(weight, bias, A, B, gain) of every map."""
     count = sum(name.startswith("weight") for name in tensors)
     return [tuple(tensors[f"{part}{i}"] for part in PARTS) for i in range(count)]
 
 
-PARTS = ("weight", "bias", "A", "B")
+PARTS = ("weight", "bias", "A", "B", "gain")
 
 
 def kernel(dropout: Dropout | None = None) -> Callable[..., tuple[Tensor, ...]]:
     def run(x: Tensor, **tensors: Tensor | None) -> tuple[Tensor, ...]:
         all_maps = zip(maps(tensors), SCALES, strict=False)
-        projections = [Projection(*parts, scale) for parts, scale in all_maps]
+        projections = [Projection(*parts, scale=scale) for parts, scale in all_maps]
         return project(x, projections, dropout=dropout)
 
     return run
@@ -75,13 +77,13 @@ def kernel(dropout: Dropout | None = None) -> Callable[..., tuple[Tensor, ...]]:
 def oracle(mask: Tensor | float = 1.0) -> Callable[..., list[Tensor]]:
     def run(x: Tensor, **tensors: Tensor | None) -> list[Tensor]:
         outputs = []
-        for (weight, bias, A, B), scale in zip(maps(tensors), SCALES, strict=False):
+        for (weight, bias, A, B, gain), scale in zip(maps(tensors), SCALES, strict=False):
             y = x @ weight.T
-            if bias is not None:
-                y = y + bias
             if A is not None:
                 y = y + scale * (x * mask @ A.T @ B.T)
-            outputs.append(y)
+            if gain is not None:  # what passes the mask is scaled, the rest is as it was
+                y = y + (gain - 1) * (x * mask @ (weight + scale * B @ A).T)
+            outputs.append(y if bias is None else y + bias)
         return outputs
 
     return run
@@ -129,7 +131,7 @@ def test_dropout_is_a_mask_on_the_input_of_all_adapters(
 @pytest.mark.parametrize("dropout", [None, Dropout(0.4, 9)])
 @pytest.mark.parametrize("ranks", [(None,), (2,), (2, None, 1)])
 def test_finite_differences_agree(ranks: Sequence[int | None], dropout: Dropout | None) -> None:
-    tensors = inputs(ranks, (3, 5, 4), bias=True)
+    tensors = inputs(ranks, (3, 5, 4), bias=True, gain=True)
     names = [name for name, t in tensors.items() if t is not None]
 
     def run(*values: Tensor) -> tuple[Tensor, ...]:
@@ -138,7 +140,28 @@ def test_finite_differences_agree(ranks: Sequence[int | None], dropout: Dropout 
     assert torch.autograd.gradcheck(run, [tensors[n].requires_grad_() for n in names])
 
 
-TRAINED = [("A",), ("B",), ("x",), ("weight",), ("bias",), ("A", "B"), ("x", "weight")]
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("p", [None, 0.0, 0.3])
+@pytest.mark.parametrize("ranks", [r for r in RANKS if any(r)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gains(
+    check: Check, dtype: torch.dtype, ranks: Sequence[int | None], p: float | None
+) -> None:
+    dropout = None if p is None else Dropout(p, 123)
+    mask = dropout(torch.ones(33, 172, dtype=torch.float64)) if dropout else 1.0
+    for bias, frozen in ((False, ["weight"]), (True, [])):
+        tensors = inputs(ranks, (33, 172, 16), bias=bias, gain=True)
+        check(
+            kernel(dropout),
+            oracle(mask),
+            tensors,
+            dtype=dtype,
+            masters=named(tensors, "A", "B", "gain"),
+            frozen=named(tensors, *frozen),
+        )
+
+
+TRAINED = [("gain",), ("A",), ("B",), ("x",), ("weight",), ("bias",), ("A", "B"), ("x", "weight")]
 
 
 @pytest.mark.usefixtures("way")
@@ -149,7 +172,7 @@ TRAINED = [("A",), ("B",), ("x",), ("weight",), ("bias",), ("A", "B"), ("x", "we
 def test_any_part_can_be_trained_alone(
     check: Check, ranks: Sequence[int], trained: tuple[str, ...]
 ) -> None:
-    tensors = inputs(ranks, (9, 20, 12), bias=True)
+    tensors = inputs(ranks, (9, 20, 12), bias=True, gain="gain" in trained)
     frozen = [name for name in tensors if name not in named(tensors, *trained)]
     check(kernel(), oracle(), tensors, dtype=torch.float32, frozen=frozen)
 

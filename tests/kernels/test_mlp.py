@@ -28,7 +28,11 @@ Threads = Callable[[int], None]
 
 
 def inputs(
-    ranks: Sequence[int | None], sizes: tuple[int, int, int], *, bias: bool = False
+    ranks: Sequence[int | None],
+    sizes: tuple[int, int, int],
+    *,
+    bias: bool = False,
+    gain: bool = False,
 ) -> dict[str, Tensor | None]:
     tokens, width, inner = sizes
     tensors: dict[str, Tensor | None] = {"x": torch.randn(tokens, width)}
@@ -38,20 +42,21 @@ def inputs(
         tensors[f"bias_{name}"] = torch.randn(fan_out) if bias else None
         tensors[f"A_{name}"] = None if r is None else torch.randn(r, fan_in) / fan_in**0.5
         tensors[f"B_{name}"] = None if r is None else torch.randn(fan_out, r)
+        tensors[f"gain_{name}"] = torch.rand(fan_out) + 0.5 if gain and r is not None else None
     return {name: None if t is None else t.double() for name, t in tensors.items()}
 
 
 def parts(tensors: dict[str, Tensor | None], name: str) -> tuple[Tensor | None, ...]:
-    return tuple(tensors[f"{part}_{name}"] for part in ("weight", "bias", "A", "B"))
+    return tuple(tensors[f"{part}_{name}"] for part in ("weight", "bias", "A", "B", "gain"))
 
 
 def masters(tensors: dict[str, Tensor | None]) -> list[str]:
-    return [name for name in tensors if name[:2] in ("A_", "B_")]
+    return [name for name in tensors if name.startswith(("A_", "B_", "gain_"))]
 
 
 def kernel(dropout: Drops = (None, None)) -> Callable[..., Tensor]:
     def run(x: Tensor, **tensors: Tensor | None) -> Tensor:
-        gate, up, down = (Projection(*parts(tensors, name), SCALES[name]) for name in SCALES)
+        gate, up, down = (Projection(*parts(tensors, name), scale=SCALES[name]) for name in SCALES)
         return gated_mlp(x, gate, up, down, dropout=dropout)
 
     return run
@@ -60,9 +65,12 @@ def kernel(dropout: Drops = (None, None)) -> Callable[..., Tensor]:
 def oracle(outer: Tensor | float = 1.0, inner: Tensor | float = 1.0) -> Callable[..., Tensor]:
     def run(x: Tensor, **tensors: Tensor | None) -> Tensor:
         def linear(name: str, x: Tensor, mask: Tensor | float) -> Tensor:
-            weight, bias, A, B = parts(tensors, name)
+            weight, bias, A, B, gain = parts(tensors, name)
             y = x @ weight.T if bias is None else x @ weight.T + bias
-            return y if A is None else y + SCALES[name] * (x * mask @ A.T @ B.T)
+            y = y if A is None else y + SCALES[name] * (x * mask @ A.T @ B.T)
+            if gain is None:
+                return y
+            return y + (gain - 1) * (x * mask @ (weight + SCALES[name] * B @ A).T)
 
         gate, up = linear("gate", x, outer), linear("up", x, outer)
         return linear("down", gate / (1 + torch.exp(-gate)) * up, inner)
@@ -81,7 +89,8 @@ def test_it_is_its_formula(
     tensors = inputs(ranks, sizes)
     options = {"dtype": dtype, "masters": masters(tensors), "tolerance": TOLERANCE.get(dtype)}
     check(kernel(), oracle(), tensors, **options, frozen=WEIGHTS)
-    check(kernel(), oracle(), inputs(ranks, sizes, bias=True), **options)
+    tensors = inputs(ranks, sizes, bias=True, gain=True)
+    check(kernel(), oracle(), tensors, **{**options, "masters": masters(tensors)})
 
 
 DROPS: list[Drops] = [
@@ -93,16 +102,17 @@ DROPS: list[Drops] = [
 
 
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("gain", [False, True])
 @pytest.mark.parametrize("dropout", DROPS)
 @pytest.mark.parametrize("ranks", [(4, 4, 4), (3, None, 5)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dropout_is_a_mask_on_the_inputs_of_the_adapters(
-    check: Check, dtype: torch.dtype, ranks: Sequence[int | None], dropout: Drops
+    check: Check, dtype: torch.dtype, ranks: Sequence[int | None], dropout: Drops, gain: bool
 ) -> None:
     sizes = (33, 48, 172)
     ones = (torch.ones(33, width, dtype=torch.float64) for width in sizes[1:])
     masks = [d(x) if d else 1.0 for d, x in zip(dropout, ones, strict=True)]
-    tensors = inputs(ranks, sizes)
+    tensors = inputs(ranks, sizes, gain=gain)
     check(
         kernel(dropout),
         oracle(*masks),

@@ -58,36 +58,32 @@ class _GatedMlp(torch.autograd.Function):
     ) -> Tensor:
         gate, up, down = linear.gather(tensors, settings)
         shared, inner = dropout
-        (g, u), low = linear.forward(x, [gate, up], shared)
-        (y,), low_down = linear.forward(_swiglu(g, u), [down], inner)
-        linear.keep_input(ctx, x, origin, g, u, low, low_down, *tensors)
+        (g, u), low, raws = linear.forward(x, [gate, up], shared)
+        (y,), low_down, raws_down = linear.forward(_swiglu(g, u), [down], inner)
+        linear.keep_input(ctx, x, origin, g, u, low, low_down, *raws, *raws_down, *tensors)
         ctx.dropout, ctx.settings = dropout, settings
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, g, u, low, low_down, *tensors = linear.kept_input(ctx)
+        x, g, u, low, low_down, *kept = linear.kept_input(ctx)
+        raws, raws_down, tensors = kept[:2], kept[2:3], kept[3:]
         gate, up, down = linear.gather(tensors, ctx.settings)
         shared, inner = ctx.dropout
         needed = ctx.needs_input_grad[4:]
-        dy = dy.contiguous()
 
-        dlow = linear.low_rank_gradient([dy], [down])
-        dact = linear.input_gradient([dy], [down])
-        linear.add_low_rank_(dact, dlow, [down], inner)
+        back = linear.upstream([dy.contiguous()], [down])
+        dact = linear.input_gradient(back, [down], inner)
         dg, du, act = _swiglu_backward(dact, g, u)
         down_gradients = linear.parameter_gradients(
-            [dy], act, low_down, dlow, [down], inner, needed=needed[2 * TENSORS :]
+            back, act, low_down, raws_down, [down], inner, needed=needed[2 * TENSORS :]
         )
-        del dact, act
-        dlow = linear.low_rank_gradient([dg, du], [gate, up])
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = linear.input_gradient([dg, du], [gate, up])
-            linear.add_low_rank_(dx, dlow, [gate, up], shared)
+        del dact, act, back
+        back = linear.upstream([dg, du], [gate, up])
+        dx = linear.input_gradient(back, [gate, up], shared) if ctx.needs_input_grad[0] else None
         gradients = linear.parameter_gradients(
-            [dg, du], x, low, dlow, [gate, up], shared, needed=needed[: 2 * TENSORS]
+            back, x, low, raws, [gate, up], shared, needed=needed[: 2 * TENSORS]
         )
         return dx, None, None, None, *gradients, *down_gradients
 

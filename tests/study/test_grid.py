@@ -45,6 +45,25 @@ def test_values_given_twice_make_one_trial() -> None:
     assert sweep.values() == {"lora.r": [8], SEED: [0]}
 
 
+@pytest.mark.parametrize(
+    ("choices", "differ"),
+    [
+        (
+            [Choice(8, {"lora.alpha": 16}), Choice(8, {"lora.alpha": 32})],
+            "lora.alpha 16.0 and 32.0",
+        ),
+        ([Choice(8), Choice("8")], ""),
+    ],
+)
+def test_trials_of_one_name_are_one_trial_or_refused(choices: list[Choice], differ: str) -> None:
+    sweep = Sweep(load_config(), {"lora.r": choices, SEED: [Choice(0)]})
+    if not differ:
+        assert [trial.name for trial in sweep.trials()] == ["r=8,seed=0"]
+        return
+    with pytest.raises(ConfigError, match=f"r=8,seed=0 stands for {differ}"):
+        sweep.trials()
+
+
 def test_every_combination_that_is_no_run_is_reported_and_each_problem_once() -> None:
     varied = {
         "lora.dora": [Choice(False), Choice(True)],

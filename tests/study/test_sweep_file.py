@@ -83,6 +83,8 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
           seed: []
           train.learning_rate: {min: 2, max: 1}
           "lora.r, lora.alpha": [8, 16]
+          "lora.dropout, data.limit": [[0, 100]]
+          data.limit: [200]
         draws: 0
     """
     with pytest.raises(ConfigError) as error:
@@ -95,6 +97,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         "train.seed has no values",
         "a range is {min",
         "expected a list of 2",
+        "data.limit is varied twice",
         "draws must be",
         "given as a flag and varied",
     ):

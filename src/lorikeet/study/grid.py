@@ -68,7 +68,8 @@ class Sweep:
         """Every trial, each combination once, in the order of the file.
 
         Raises:
-            ConfigError: combinations that are no run, each with what is wrong with it.
+            ConfigError: combinations that are no run, each with what is wrong with it, and those
+                that differ although they are called the same.
         """
         planned: dict[str, Planned] = {}
         problems: dict[str, None] = {}
@@ -78,7 +79,8 @@ class Sweep:
             except ConfigError as error:
                 problems |= dict.fromkeys(error.problems)
             else:
-                planned.setdefault(trial.name, trial)
+                first = planned.setdefault(trial.name, trial)
+                problems |= dict.fromkeys(_apart(first, trial))
         if problems:
             raise ConfigError("combinations of this sweep are no runs:", list(problems))
         return list(planned.values())
@@ -114,19 +116,35 @@ class Sweep:
                 yield {**drawn, SEED: seed}
 
 
+def _apart(first: Planned, second: Planned) -> Iterator[str]:
+    """What two trials of one name differ in: only one of them would be done."""
+    ours, theirs = _flat(first.config), _flat(second.config)
+    for option in ours:
+        if ours[option] != theirs[option]:
+            yield (
+                f"{first.name} stands for {option} {ours[option]} and {theirs[option]}: an option"
+                " that follows another needs one value for each of its values (else let it vary by"
+                " itself), and numbers must differ in their first six digits"
+            )
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    """Dotted option to value, without `out`."""
+    return {
+        f"{section}.{key}": value
+        for section, values in config.model_dump().items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+    }
+
+
 def changed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     """The same run with other values of these dotted options.
 
     Raises:
         ConfigError: the values do not hold.
     """
-    own = {
-        f"{section}.{key}": value
-        for section, values in config.model_dump().items()
-        if isinstance(values, dict)
-        for key, value in values.items()
-    }
-    return load_config(overrides={**own, "out": config.out, **settings})
+    return load_config(overrides={**_flat(config), "out": config.out, **settings})
 
 
 def file_name(text: str) -> str:

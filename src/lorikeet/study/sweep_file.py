@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,9 @@ def read_sweep(file: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     draws = _take_number(tree, "draws", problems, least=1)
     draw_seed = _take_number(tree, "draw_seed", problems, least=0)
     varied = {option: _source(option, found, problems) for option, found in given.items()}
-    for option in _named(varied):
+    for option, times in _named(varied).items():
+        if times > 1:
+            problems.append(f"{option} is varied twice")
         if option in _SHARED:
             problems.append(f"{option} cannot vary: {_SHARED[option]}")
         if option in (overrides or {}):
@@ -99,10 +102,13 @@ def read_sweep(file: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     )
 
 
-def _named(varied: Mapping[str, Sequence[Choice] | Range]) -> list[str]:
-    """Every option that trials differ in, those that follow others too."""
-    choices = [c for source in varied.values() if not isinstance(source, Range) for c in source]
-    return list(dict.fromkeys([*varied, *(name for c in choices for name in c.followers)]))
+def _named(varied: Mapping[str, Sequence[Choice] | Range]) -> Counter[str]:
+    """Every option that trials differ in, those that follow others too, and how often it stands."""
+    found = Counter(list(varied))
+    for source in varied.values():
+        choices = [] if isinstance(source, Range) else source
+        found.update({name for choice in choices for name in choice.followers})
+    return found
 
 
 def _roomy(config: RunConfig, limits: Sequence[Choice] | Range | None) -> RunConfig:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorikeet.errors import ModelError
+from lorikeet.export.pretokenizer import parts
 
 SPACE = "\u2581"
 """What stands for a space in pieces."""
@@ -60,11 +61,11 @@ def spelling(spec: Mapping[str, Any], *, special_first: bool) -> Spelling | None
             the very first text only; llama.cpp puts it after special tokens, too, or nowhere, which
             is right for such chats.
     """
-    normalizer = _parts(spec.get("normalizer"), "normalizers")
+    normalizer = parts(spec.get("normalizer"), "normalizers")
     collapses = bool(normalizer) and _replaced(normalizer[0]) in {(" {2,}", " "), (" +", " ")}
     normalizer = normalizer[collapses:]
     limits = (LITERAL,) if space_tokens(spec) else ()
-    splitter = _parts(spec.get("pre_tokenizer"), "pretokenizers")
+    splitter = parts(spec.get("pre_tokenizer"), "pretokenizers")
     # Spaces are gone when this one looks for them (Gemma).
     splitter = [p for p in splitter if not (normalizer and _splits_spaces(p))]
     kinds = [part.get("type") for part in normalizer]
@@ -83,12 +84,6 @@ def spelling(spec: Mapping[str, Any], *, special_first: bool) -> Spelling | None
             more = (_NO_PREFIX,) if special_first else (LEADING, _AFTER_SPECIAL)
             return Spelling(not special_first, collapses, (*limits, *more))
     return None
-
-
-def _parts(described: Any, key: str) -> list[dict[str, Any]]:
-    if described is None:
-        return []
-    return list(described[key]) if described.get("type") == "Sequence" else [described]
 
 
 def _replaced(part: Mapping[str, Any]) -> tuple[str | None, str | None] | None:

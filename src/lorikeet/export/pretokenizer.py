@@ -90,12 +90,12 @@ def identify(spec: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
         ModelError: llama.cpp has no such way; shows the structure and what is known.
     """
     limits: tuple[str, ...] = ()
-    normalizer = _parts(spec.get("normalizer"), "normalizers")
+    normalizer = parts(spec.get("normalizer"), "normalizers")
     if [part.get("type") for part in normalizer] == ["NFC"]:
         limits = ("text that is not in Unicode's composed form (NFC): llama.cpp takes it as it is",)
     elif normalizer:
         raise _unknown(spec, "a normalizer that llama.cpp does not have")
-    steps = tuple(_step(part) for part in _parts(spec.get("pre_tokenizer"), "pretokenizers"))
+    steps = tuple(_step(part) for part in parts(spec.get("pre_tokenizer"), "pretokenizers"))
     whole_words = bool(spec["model"].get("ignore_merges"))
     for name, split in SPLITS.items():
         if (split.steps, split.whole_words) == (steps, whole_words):
@@ -103,11 +103,12 @@ def identify(spec: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     raise _unknown(spec, "a way to split text that is not known to be one of llama.cpp's")
 
 
-def _parts(described: Any, key: str) -> list[dict[str, Any]]:
+def parts(described: Any, key: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, in order; `key` is where a sequence has them."""
     if described is None:
         return []
     if described.get("type") == "Sequence":
-        return [part for inner in described[key] for part in _parts(inner, key)]
+        return [part for inner in described[key] for part in parts(inner, key)]
     return [described]
 
 

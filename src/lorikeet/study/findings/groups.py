@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lorikeet.evaluate import Score
+from lorikeet.study.figures import is_number
 from lorikeet.study.record import Group, Study, Trial, shown
 from lorikeet.study.statistics import Estimate, difference
 
@@ -96,11 +97,6 @@ def _place(value: Any, values: Sequence[Any]) -> tuple[Any, ...]:
     if is_number(value):
         return 0, value, ""
     return 1, list(values).index(value) if value in values else len(values), shown(value)
-
-
-def is_number(value: object) -> bool:
-    """Whether a value has a place on a line."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _mean(scores: Sequence[Score]) -> Score:

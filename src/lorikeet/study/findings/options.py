@@ -9,6 +9,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+from lorikeet.study.figures import is_number
 from lorikeet.study.findings import groups as of
 from lorikeet.study.findings.finding import Finding, change, percent, verdict
 from lorikeet.study.record import SEED, Group, Study, short, shown
@@ -116,7 +117,7 @@ def _values(option: str, study: Study, groups: Sequence[Group]) -> list[Any]:
     """Those that came to an end: numbers by size, others in the study's order."""
     there = [group.settings[option] for group in groups if option in group.settings]
     found = [value for value in study.varied[option] if value in there]
-    return sorted(found) if all(map(of.is_number, found)) else found
+    return sorted(found) if all(map(is_number, found)) else found
 
 
 def _settings(option: str, groups: Sequence[Group]) -> Settings:

@@ -175,6 +175,27 @@ def test_a_tied_weight_that_an_adapter_unties(bases: Bases, tmp_path: Path) -> N
     assert "output.weight" not in open_gguf(out).tensors
 
 
+@needs_llama_cpp
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_head_in_the_files_of_a_model_that_says_it_is_tied(
+    copy: bool, bases: Bases, tmp_path: Path
+) -> None:
+    """Transformers ties them only if they are equal, and so does everything that is made of it."""
+    base, out = copied(bases("llama tied"), tmp_path / "base"), tmp_path / "x.gguf"
+    moved = 0 if copy else 1
+    edit(base, lambda s: {**s, "lm_head.weight": s["model.embed_tokens.weight"].roll(moved, 0)})
+    exported(base, "f32", out)
+    assert ("output.weight" in open_gguf(out).tensors) is not copy
+    ids = random_ids(40, below=1000)
+    with LlamaCpp(out, context=64, threads=1) as llama:
+        found = llama.logits(ids)
+    assert spread(found, logits_of(load_model(base, dtype="fp32", fast="off").model, ids)) < 1e-5
+    train(base, tmp_path / "adapter", target_modules=["q_proj"])
+    merge(base, read_adapter(tmp_path / "adapter"), tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is copy
+
+
 def test_new_tokens_are_in_the_files_vocabulary(bases: Bases, tmp_path: Path) -> None:
     train(bases("llama"), tmp_path / "adapter", target_modules=["q_proj"], new_tokens=NEW)
     adapter, out = read_adapter(tmp_path / "adapter"), tmp_path / "x.gguf"

@@ -132,6 +132,16 @@ def test_the_old_way_to_write_rope() -> None:
         assert all(torch.equal(before.made[key], after.made[key]) for key in before.made)
 
 
+def test_both_ways_to_write_rope() -> None:
+    """transformers then takes the old one whole, its type too."""
+    config, shapes = llama_shapes()
+    alone = config | {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 5e5}
+    both = alone | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    del alone["rope_parameters"]
+    assert LlamaConfig(**both).rope_parameters == LlamaConfig(**alone).rope_parameters
+    assert lay_out(both, shapes).metadata == lay_out(alone, shapes).metadata
+
+
 def test_gemma3s_old_way_to_write_rope() -> None:
     model = random_model(CONFIGS["gemma3, linear"])
     config, shapes = model.config.to_dict(), shapes_of(tensors_of(model))
@@ -225,6 +235,7 @@ def test_everything_wrong_with_tensors_is_said_at_once() -> None:
         ({"rope_parameters": {**YARN, "beta_fast": 16}}, "yarn's beta_fast is 16"),
         ({"rope_parameters": {**YARN, "truncate": False}}, "yarn's truncate is False"),
         ({"rope_parameters": LONG | {"long_factor": [1.0]}}, "need 8 numbers each"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "expected a causal language"),
         ({"model_type": "qwen2", "head_dim": 32}, "are not the hidden size 64"),
         ({"model_type": "qwen3", "attention_bias": True}, "no output bias"),

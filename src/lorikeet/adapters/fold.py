@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lorikeet.adapters.adapter import Adapter, Update
-from lorikeet.adapters.checkpoint import Checkpoint, blocks_of
+from lorikeet.adapters.checkpoint import HEADS, Checkpoint, blocks_of, is_head, leaf
 from lorikeet.adapters.plan import Plan, make_plan
-from lorikeet.adapters.plan_rows import Change, Planned, Rows, with_rows
+from lorikeet.adapters.plan_rows import Change, Planned, Rows, same, with_rows
 from lorikeet.errors import ModelError
 
 
@@ -27,7 +27,8 @@ class Fold:
     """A base's weights with an adapter folded in.
 
     Weights that embedding and head share are untied if the adapter changes one of them: the other
-    keeps the base's, as it does while the adapter is not merged.
+    keeps the base's, as it does while the adapter is not merged. They are untied, too, where the
+    base's files have both and these differ, whatever its config.json says: so they are loaded.
 
     Attributes:
         base: the model folder.
@@ -59,9 +60,11 @@ class Fold:
         checkpoint = Checkpoint.open(base)
         if adapter is None:
             own: Planned = {name: (name, None) for name in checkpoint.files}
-            return Fold(base, checkpoint, config, Plan(own, untied=False, rows=None), {})
-        plan = make_plan(base, checkpoint, adapter, config)
-        changes: dict[str, Any] = {"tie_word_embeddings": False} if plan.untied else {}
+            plan = Plan(own, untied=False, rows=None)
+        else:
+            plan = make_plan(base, checkpoint, adapter, config)
+        apart = config.get("tie_word_embeddings") is not False and _heads_differ(checkpoint)
+        changes: dict[str, Any] = {"tie_word_embeddings": False} if plan.untied or apart else {}
         changes |= {"vocab_size": plan.rows} if plan.rows else {}
         return Fold(base, checkpoint, _with_values(config, changes), plan, changes)
 
@@ -113,6 +116,13 @@ class Fold:
         """How the weights that the adapter changes are stored, in the words of the format."""
         sources = (self.plan.tensors[name][0] for name in self.changed())
         return tuple(sorted({self.checkpoint.entry(source).dtype for source in sources}))
+
+
+def _heads_differ(checkpoint: Checkpoint) -> bool:
+    """Whether the files have an embedding and a head of its own, which is not a copy of it."""
+    embeddings = [name for name in checkpoint.files if leaf(name) in HEADS]
+    heads = [name for name in checkpoint.files if is_head(name)]
+    return len(embeddings) == len(heads) == 1 and not same(checkpoint, embeddings[0], heads[0])
 
 
 def _exact(rows: Tensor) -> Tensor:

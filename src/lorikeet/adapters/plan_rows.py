@@ -111,7 +111,7 @@ def find_tables(
     embedding = named[0]
     head = f"{HEADS.get(leaf(embedding), 'lm_head')}.weight"
     heads = [name for name in checkpoint.files if is_head(name)]
-    twins = [name for name in heads if may_tie and _same(checkpoint, name, embedding)]
+    twins = [name for name in heads if may_tie and same(checkpoint, name, embedding)]
     linked = may_tie and (not heads or bool(twins))
     inner, outer = (next(iter(own), None) for own in (of_embedding, of_head))
     if linked and untied and of_embedding:
@@ -206,8 +206,8 @@ def _equal_rows(one: Tokens | None, other: Tokens) -> bool:
     return one is not None and one.ids == other.ids and torch.equal(one.rows, other.rows)
 
 
-def _same(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    """Whether two tensors are equal."""
+def same(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors of a checkpoint are equal."""
     a, b = checkpoint.entry(one), checkpoint.entry(other)
     return (a.dtype, a.shape) == (b.dtype, b.shape) and all(
         torch.equal(checkpoint.rows(one, *block), checkpoint.rows(other, *block))

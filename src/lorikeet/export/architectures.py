@@ -73,6 +73,7 @@ class Architecture:
         rope: rope types besides `default`.
         theta: base frequency by default.
         local_theta: that of layers with a sliding window, if they have their own.
+        partial: whether only a part of each head may be turned.
         permuted: whether llama.cpp turns neighbours, (0, 1), (2, 3), ..., where transformers turns
             halves, (0, d/2), (1, d/2 + 1), ...: rows of q and k then change places.
         norms_from_one: whether a norm multiplies with 1 + w, which llama.cpp wants added.
@@ -88,6 +89,7 @@ class Architecture:
     rope: frozenset[str] = frozenset({"linear", "yarn"})
     theta: float = 10_000.0
     local_theta: float | None = None
+    partial: bool = False
     permuted: bool = False
     norms_from_one: bool = False
     head_is_free: bool = True
@@ -382,6 +384,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         _phi3,
         options=_phi3_options,
         rope=frozenset({"longrope"}),
+        partial=True,
         head_is_free=False,
         defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
     ),

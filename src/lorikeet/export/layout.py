@@ -114,12 +114,13 @@ def lay_out(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
         theta=described.theta,
         kinds=described.rope,
         local_theta=described.local_theta,
+        partial=described.partial,
     )
     problems += _activation_problems(described, config) + options.problems + turning.problems
     tied = bool(config.get("tie_word_embeddings", False))
     if not tied and not described.may_untie:
         problems.append(
-            "tie_word_embeddings is false; llama.cpp ties the head of this architecture"
+            "its head has a weight of its own; llama.cpp ties the head of this architecture"
         )
     wanted = _wanted(described, sizes, config, tied=tied)
     sources = _sources(wanted, shapes)

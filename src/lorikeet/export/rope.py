@@ -1,7 +1,8 @@
 """Rotary position embeddings: what a config.json says of them, in GGUF's words.
 
 transformers 5 writes `rope_parameters` (Gemma 3: one dict for each kind of layer); before it were
-`rope_theta` and `rope_scaling`. Both are understood, also one beside the other.
+`rope_theta` and `rope_scaling`. Both are understood; where a file has both, `rope_scaling` counts,
+as it does in transformers.
 
 How llama.cpp turns pairs of numbers (ggml-cpu/ops.cpp, `rope_yarn`; llama-context.cpp): the angle
 of pair i at position p is p * base^(-2i/d), divided by `rope.scaling.factor` for all pairs
@@ -52,9 +53,9 @@ def rope_parameters(config: Mapping[str, Any], *, theta: float) -> dict[str, Any
         config: a config.json.
         theta: the architecture's base frequency where the file gives none.
     """
-    given = _dict(config.get("rope_parameters"))
-    found = dict(_dict(given.get("full_attention")) or given)
-    found.update(_dict(config.get("rope_scaling")))
+    given, scaling = _dict(config.get("rope_parameters")), _dict(config.get("rope_scaling"))
+    nested = _dict(given.get("full_attention"))
+    found = {**nested, **scaling} if nested else dict(scaling or given)
     found["rope_type"] = found.get("rope_type") or found.get("type") or "default"
     for name, default in (("rope_theta", theta), ("partial_rotary_factor", 1.0)):
         if found.get(name) is None:
@@ -78,6 +79,7 @@ def rotation(
     theta: float,
     kinds: frozenset[str],
     local_theta: float | None = None,
+    partial: bool = False,
 ) -> Rotation:
     """Translate a config's rotary embeddings.
 
@@ -89,6 +91,7 @@ def rotation(
         kinds: the rope types that llama.cpp runs for this architecture, besides `default`.
         local_theta: for Gemma 3, the base frequency of layers with a sliding window where the file
             gives none.
+        partial: whether there is code for heads of which only a part is turned.
     """
     given = rope_parameters(config, theta=theta)
     found = Rotation()
@@ -103,6 +106,11 @@ def rotation(
         turned = int(head * float(given["partial_rotary_factor"]))
         if turned % 2 or not 0 < turned <= head:
             raise ValueError(f"{turned} of {head} numbers of a head cannot be rotated")
+        if turned != head and not partial:
+            found.problems.append(
+                f"partial_rotary_factor is {given['partial_rotary_factor']}; this architecture"
+                " turns whole heads"
+            )
         found.metadata[_KEYS.DIMENSION_COUNT] = Field("u32", turned)
         found.metadata[_KEYS.FREQ_BASE] = Field("f32", _positive(given["rope_theta"]))
         if local_theta is not None:

@@ -206,6 +206,15 @@ def test_a_damaged_base_is_told_before_training(
     assert "is nan before any training" in " ".join(capsys.readouterr().err.split())
 
 
+def test_resume_with_damaged_hashes_is_refused(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (finished / "receipt.json").unlink()
+    (finished / "inputs.json").write_text("{bro", encoding="utf-8")
+    assert main(["train", "--resume", "--out", str(finished)]) == 2
+    assert "inputs.json is damaged" in " ".join(capsys.readouterr().err.split())
+
+
 def test_resume_on_other_data_is_refused(
     finished: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

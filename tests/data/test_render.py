@@ -215,6 +215,27 @@ def test_turns_found_by_their_content(tiny_chat: Any, tmp_path: Path) -> None:
     assert text.endswith("user: same<|im_end|>[LAST]assistant: same<|im_end|>")
 
 
+@pytest.mark.parametrize("answer", ["a", "user", " s"])
+def test_contents_that_the_markup_has_too(tiny_chat: Any, tmp_path: Path, answer: str) -> None:
+    """A search would find these in `assistant: ` or `user: ` before it comes to the answer."""
+    path = tmp_path / "marks.jinja"
+    path.write_text(MARKS_LAST)
+    renderer = Renderer(tiny_chat, template=str(path))
+    rendered = renderer.render([turns("u", answer, "u", answer)], ["t:1"])[0][0]
+    assert rendered.rewritten
+    assert stretches(tiny_chat, rendered.example) == [f"{answer}<|im_end|>"] * 2
+    text = text_of(tiny_chat, rendered.example.ids)
+    assert text.endswith(f"user: u<|im_end|>[LAST]assistant: {answer}<|im_end|>")
+
+
+def test_a_template_that_hides_the_answers(tiny_chat: Any, tmp_path: Path) -> None:
+    path = tmp_path / "constant.jinja"
+    path.write_text("Hello")
+    renderer = Renderer(tiny_chat, template=str(path))
+    with pytest.raises(DataError, match="t:1: the template does not show the turn 'A1'"):
+        renderer.example(turns("q", "A1"), origin="t:1")
+
+
 def test_a_template_that_changes_the_content(tiny_chat: Any, tmp_path: Path, chatml: str) -> None:
     path = tmp_path / "upper.jinja"
     path.write_text(chatml.replace("m.content", "m.content | upper"))

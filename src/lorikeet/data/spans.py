@@ -9,8 +9,9 @@ template puts behind its content::
                                                             [---------------)
 
 A few templates rewrite earlier turns once there are later ones (they drop the reasoning, say), so
-that the shorter rendering is no prefix of the whole. Such a turn is found by its content, which is
-searched after those of the messages before it.
+that the shorter rendering is no prefix of the whole. The same conversation with a placeholder for
+every content then tells what stands between them. Where that does not add up, because the template
+changes contents, a turn is found by its content, searched after those of the messages before it.
 """
 
 from __future__ import annotations
@@ -84,7 +85,14 @@ def find_spans(
     for row, origin, whole, turns in zip(rows, origins, wholes, wanted, strict=True):
         last = len(row.messages) - 1
         edges = [(next(before), whole if turn == last else next(after)) for turn in turns]
-        result.append(_found(row, origin, whole, turns, edges, special))
+        as_before = [whole.startswith(a) and whole.startswith(b) for a, b in edges]
+        contents = [message["content"].strip() for message in row.messages]
+        places: list[Span | None] = []
+        if not all(as_before):
+            places = _between(whole, row.messages, tokenizer, template) or _searched(
+                whole, contents
+            )
+        result.append(_found(contents, origin, whole, turns, edges, as_before, places, special))
     return result
 
 
@@ -121,22 +129,27 @@ def _supervised_turns(row: Turns, origin: str, *, last_only: bool) -> list[int]:
 
 
 def _found(
-    row: Turns,
+    contents: Sequence[str],
     origin: str,
     whole: str,
     turns: Sequence[int],
     edges: Sequence[tuple[str, str]],
+    as_before: Sequence[bool],
+    places: Sequence[Span | None],
     special: re.Pattern[str],
 ) -> Found:
-    contents = [message["content"].strip() for message in row.messages]
-    as_before = [whole.startswith(before) and whole.startswith(after) for before, after in edges]
-    places = [] if all(as_before) else _places(whole, contents)
     spans = []
     for turn, (before, after), same in zip(turns, edges, as_before, strict=True):
+        place = None if same else places[turn]
+        if same and not whole[len(before) : len(after)].strip():
+            raise DataError(
+                f"{origin}: the template does not show the turn {contents[turn][:40]!r};"
+                " use another template"
+            )
         if same:
             spans.append(_in_segment(whole, contents[turn], (len(before), len(after)), special))
-        elif places[turn] >= 0:
-            spans.append(_at_place(whole, contents[turn], places[turn], special))
+        elif place:
+            spans.append(_at_place(whole, place, special))
         else:
             raise DataError(
                 f"{origin}: the template rewrites the turn {contents[turn][:40]!r} so that its"
@@ -169,21 +182,48 @@ def _in_segment(
     return (start, stop.end(), True) if stop else (start, end, False)
 
 
-def _at_place(
-    whole: str, content: str, place: int, special: re.Pattern[str]
-) -> tuple[int, int, bool]:
-    """The same for a turn that was searched: only a control token right behind it is its own."""
-    end = place + len(content)
+def _at_place(whole: str, place: Span, special: re.Pattern[str]) -> tuple[int, int, bool]:
+    """The same for the place of a content: only a control token right behind it is its own."""
+    start, end = place
     stop = special.match(whole, end + (whole[end : end + 1] == " "))
-    return (place, stop.end(), True) if stop else (place, end, False)
+    return (start, stop.end(), True) if stop else (start, end, False)
 
 
-def _places(whole: str, contents: Sequence[str]) -> list[int]:
-    """Where each content is, searched after those before it; -1 where it is not."""
-    places = []
+def _between(
+    whole: str, messages: Sequence[Message], tokenizer: Tokenizer, template: Template
+) -> list[Span | None]:
+    """Where each content is, by what the template puts between them; empty if that cannot be told.
+
+    A search would find an answer such as `a` in the markup: `assistant` has one, too.
+    """
+    marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
+    marked = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
+    try:
+        shown = template.render(tokenizer, [marked], origins=[""], add_generation_prompt=False)[0]
+    except DataError:  # a template that reads its contents
+        return []
+    pieces = re.split("|".join(map(re.escape, marks)), shown)
+    if re.findall("|".join(map(re.escape, marks)), shown) != marks:
+        return []
+    own = [message["content"] for message in messages]
+    for contents in (own, [content.strip() for content in own]):
+        if "".join(p + c for p, c in zip(pieces, [*contents, ""], strict=True)) == whole:
+            places: list[Span | None] = []
+            end = 0
+            for piece, content in zip(pieces, contents, strict=False):
+                start = end + len(piece)
+                end = start + len(content)
+                places.append((start, end))
+            return places
+    return []
+
+
+def _searched(whole: str, contents: Sequence[str]) -> list[Span | None]:
+    """Where each content is, searched after those before it; None where it is not."""
+    places: list[Span | None] = []
     cursor = 0
     for content in contents:
         place = whole.find(content, cursor)
-        places.append(place)
+        places.append((place, place + len(content)) if place >= 0 else None)
         cursor = place + len(content) if place >= 0 else cursor
     return places

@@ -81,7 +81,7 @@ class RunFolder:
         if self.path.is_dir():
             remove_drafts(self.path)
         if self.inputs.is_file():
-            _same_inputs(json.loads(self.inputs.read_text(encoding="utf-8")), inputs, self.path)
+            _same_inputs(_read_inputs(self.inputs), inputs, self.path)
         write_text(self.config, config.to_yaml())  # first: it is what marks the folder as a run
         write_json(self.inputs, inputs)
 
@@ -98,6 +98,19 @@ def _same_experiment(before: RunConfig, now: RunConfig, folder: Path) -> None:
             f"the run in {folder} was started with other options; leave them out to resume it:",
             differing,
         )
+
+
+def _read_inputs(path: Path) -> dict[str, str | None]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"{path} is damaged, so that nothing tells whether data and model are still those of"
+            " the run; start anew in another --out"
+        )
+    return found
 
 
 def _same_inputs(before: dict[str, str | None], now: dict[str, str | None], folder: Path) -> None:

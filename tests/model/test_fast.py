@@ -23,7 +23,7 @@ from lorikeet.config import LoraConfig
 from lorikeet.data import Example, pack
 from lorikeet.data.batch import Batch
 from lorikeet.kernels import Projection, native
-from lorikeet.lora import disabled, inject, lora_parameters
+from lorikeet.lora import LoraLinear, disabled, inject, lora_parameters
 from lorikeet.model import load_model, token_nll
 from lorikeet.model.fast import FastNll
 from lorikeet.model.packing import enable_packing
@@ -390,6 +390,44 @@ def test_every_input_has_a_mask_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     for _ in range(2):
         FastNll()(model, batch)
     assert len(keys) == len(set(keys)) == 2 * 3 * 4
+
+
+def test_dora_at_its_start_is_lora() -> None:
+    """While the magnitudes are the lengths of the rows nothing is scaled, under dropout either."""
+    lora = adapt(build("llama"), dropout=0.3).train()
+    dora = adapt(build("llama"), dropout=0.3, dora=True).train()
+    own = lora_parameters(dora)
+    with torch.no_grad():
+        for name, parameter in lora_parameters(lora).items():
+            own[name].copy_(parameter)
+        for module in dora.modules():
+            if isinstance(module, LoraLinear) and module.magnitude is not None:
+                module.magnitude.copy_(module._norms())
+    results = []
+    for model in (lora, dora):
+        torch.manual_seed(5)
+        results.append(gradients(FastNll(), model, some_batch()))
+    plain, scaled = results
+    assert_close(scaled[0], plain[0], rtol=1e-5, atol=1e-5)
+    assert_gradients({name: scaled[1][name] for name in plain[1]}, plain[1], 1e-4)
+    assert all(gradient.any() for gradient in scaled[1].values())
+
+
+def test_lengths_of_rows_are_summed_again_when_a_weight_changes() -> None:
+    layer = adapt(build("llama"), dora=True).model.layers[0].self_attn.q_proj
+
+    def assert_right() -> None:
+        total = layer.weight.double() + layer.scale * layer.lora_B @ layer.lora_A
+        assert_close(layer._norms().double(), total.norm(dim=1), rtol=1e-5, atol=1e-5)
+
+    assert_right()
+    with torch.no_grad():
+        layer.base.weight.mul_(2)
+    assert_right()
+    layer.base.weight = nn.Parameter(layer.base.weight / 3)
+    assert_right()
+    layer.double()
+    assert_right()
 
 
 def test_dropouts_that_cannot_share_a_mask() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from lorikeet.lora.grow import add_tokens, grow_vocabulary, growing
 from lorikeet.lora.inject import (
     attach,
-    carries_dora,
     disabled,
     inject,
     layers_around,
@@ -67,7 +66,6 @@ __all__ = [
     "Vocabulary",
     "add_tokens",
     "attach",
-    "carries_dora",
     "disabled",
     "find_targets",
     "grow_vocabulary",

@@ -152,12 +152,6 @@ def _wrappers(model: nn.Module) -> dict[str, LoraLayer | TokenLayer]:
     }
 
 
-def carries_dora(model: nn.Module) -> bool:
-    """Whether an adapted layer has a magnitude (DoRA)."""
-    layers = lora_layers(model).values()
-    return any(isinstance(x, LoraLinear) and x.magnitude is not None for x in layers)
-
-
 def remove(model: nn.Module) -> None:
     """Put the base's modules and parameters back, the very objects; they stay frozen."""
     take_whole(model)

@@ -64,6 +64,7 @@ class LoraLinear(nn.Module):
         self.scale = scale
         self.dropout = dropout
         self.enabled = True
+        self._lengths: tuple[object, torch.Tensor] | None = None
         self.train(base.training)
 
     @property
@@ -116,14 +117,21 @@ class LoraLinear(nn.Module):
         A, B = (factor.to(dtype) for factor in self.factors)
         dropped = F.dropout(x, self.dropout, self.training)
         update = F.linear(F.linear(dropped, A), B)
-        if self.magnitude is None:
+        if (gain := self.gain()) is None:
             return torch.add(y, update, alpha=self.scale)
         if self.dropout and self.training:  # the direction sees the same dropped input throughout
             plain = F.linear(dropped, self._matrix)
         else:
             plain = y if self.bias is None else y - self.bias
-        ratio = (self.magnitude / self._norms()).to(dtype)
+        ratio = gain.to(dtype)
         return y + (ratio - 1) * plain + ratio * self.scale * update
+
+    def gain(self) -> torch.Tensor | None:
+        """m / ‖V‖, float32 [out], which DoRA scales outputs by; None without DoRA.
+
+        Its gradient goes to the magnitude alone.
+        """
+        return None if self.magnitude is None else self.magnitude / self._norms()
 
     @torch.no_grad()
     def _norms(self) -> torch.Tensor:
@@ -133,9 +141,17 @@ class LoraLinear(nn.Module):
         """
         A, B = self.factors
         cross = F.linear(self._matrix, A.to(self.weight.dtype)).to(A.dtype)
-        squares = _row_norms(self._matrix).square() + 2 * self.scale * (B * cross).sum(1)
+        squares = self._squares() + 2 * self.scale * (B * cross).sum(1)
         squares += self.scale**2 * (B @ (A @ A.t()) * B).sum(1)
         return squares.clamp_min(0).sqrt()
+
+    def _squares(self) -> torch.Tensor:
+        """‖w‖² of the rows of W, [out]: summed again only when W was written or exchanged."""
+        W = self.weight
+        now = (W.data_ptr(), W._version, W.device) if not W.is_meta else None
+        if self._lengths is None or self._lengths[0] != now or now is None:
+            self._lengths = now, _row_norms(self._matrix).square()
+        return self._lengths[1]
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator, init: Init = "kaiming") -> None:

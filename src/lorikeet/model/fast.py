@@ -23,9 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from lorikeet import kernels
 from lorikeet.data.batch import Batch
 from lorikeet.kernels import Dropout, Int8Weight, Normal, Projection, quantize_weight
-from lorikeet.lora import LoraLinear, carries_dora
+from lorikeet.lora import LoraLinear
 from lorikeet.model.attention import Documents, attend
-from lorikeet.model.loss import token_nll
 from lorikeet.model.row import SITES, Row, Sizes, dropout_keys, key_tensor, lay_out, least
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -46,12 +45,7 @@ class FastNll:
     rounded: Mapping[Tensor, Int8Weight] = field(default_factory=dict, repr=False)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Nats of each supervised token, [S]; see `lorikeet.model.token_nll`.
-
-        A model that carries DoRA takes its own forward pass: no kernel scales rows.
-        """
-        if carries_dora(model):
-            return token_nll(model, batch)
+        """Nats of each supervised token, [S]; see `lorikeet.model.token_nll`."""
         numbers = dropout_keys(model)
         keys = numbers if batch.ids.is_cpu or not numbers else key_tensor(numbers, batch.ids.device)
         return self.of_row(model, lay_out(batch, least(batch), keys=keys))
@@ -151,7 +145,7 @@ class _Pass:
         if not module.enabled:
             return plain
         A, B = module.factors
-        return plain._replace(A=A, B=B, scale=module.scale)
+        return plain._replace(A=A, B=B, gain=module.gain(), scale=module.scale)
 
     def dropout(self, modules: Sequence[nn.Module], site: int) -> Dropout | None:
         """The mask at a site, a number of its own for every input that modules share."""

@@ -16,7 +16,7 @@ from lorikeet import console
 from lorikeet.config import RunConfig
 from lorikeet.data import Example, prepare
 from lorikeet.kernels.loss import chunk_bytes
-from lorikeet.lora import ParameterReport, carries_dora, grow_vocabulary, inject, parameter_report
+from lorikeet.lora import ParameterReport, grow_vocabulary, inject, parameter_report
 from lorikeet.model import (
     FastNll,
     TokenNll,
@@ -24,7 +24,6 @@ from lorikeet.model import (
     choose,
     empty_model,
     load_tokenizer,
-    token_nll,
 )
 from lorikeet.model.agreement import choose_nll
 from lorikeet.model.budget import measure, saved_by_block
@@ -117,8 +116,6 @@ def plan(config: RunConfig) -> Plan:
     without_tokens = {"trainable_tokens": None, "new_tokens": None}  # its vocabulary is another
     lora = config.lora.model_copy(update=without_tokens)
     _make_trainable(block, config.model_copy(update={"lora": lora}))
-    if carries_dora(block):
-        nll = token_nll
     memory = _memory(
         parameters,
         config,

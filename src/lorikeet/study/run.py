@@ -20,7 +20,6 @@ from lorikeet.evaluate.samples import Sample, answer
 from lorikeet.files import atomic_folder, write_text
 from lorikeet.lora import (
     ParameterReport,
-    carries_dora,
     grow_vocabulary,
     inject,
     out_of_reach,
@@ -379,6 +378,6 @@ def _announcement(
         f" {torch.get_num_threads()} threads\n"
         f"data      {rows}: {train:,} examples to train on, {held_out:,} held out{unused}\n"
         f"training  {setup.total_steps} steps of {setup.steps.order.batch_size} examples, {layout};"
-        f" {'generic path: no kernel for DoRA' if carries_dora(base.model) else base.path_taken}"
-        f"{', int8' * config.train.int8}" + (f"\nmemory    {setup.fit}" if setup.fit else "")
+        f" {base.path_taken}{', int8' * config.train.int8}"
+        + (f"\nmemory    {setup.fit}" if setup.fit else "")
     )

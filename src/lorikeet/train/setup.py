@@ -14,7 +14,6 @@ from lorikeet.config import TrainConfig
 from lorikeet.data.batch import Batch, Epochs, micro_batches, pack
 from lorikeet.data.example import Example
 from lorikeet.errors import ConfigError
-from lorikeet.lora import carries_dora
 from lorikeet.model import (
     FastNll,
     Fit,
@@ -96,10 +95,6 @@ def set_up(
         ConfigError: training does not fit into `max_memory`, or int8 cannot be had here.
     """
     keep_freed_memory()
-    if carries_dora(model):
-        if config.int8:
-            raise ConfigError("train.int8 has no kernels for DoRA; leave one of the two out")
-        nll = token_nll  # what the fast path would take for it anyway
     loss = _in_int8(model, nll) if config.int8 else nll
     device = next(model.parameters()).device
     fit = _fit(model, loss, examples, config, device)

@@ -52,6 +52,18 @@ _ALL = [
         settings={"dropout": 0.05, "int8": True},
     ),
     Contestant(
+        "lorikeet-dora",
+        "lorikeet_worker",
+        "Lorikeet, DoRA without dropout",
+        settings={"dropout": 0.0, "dora": True},
+    ),
+    Contestant(
+        "lorikeet-dora-off",
+        "lorikeet_worker",
+        "the same with `fast` off",
+        settings={"dropout": 0.0, "dora": True, "fast": "off"},
+    ),
+    Contestant(
         "lorikeet-full",
         "lorikeet_worker",
         "Lorikeet, full fine-tuning on float32 masters",
@@ -79,6 +91,13 @@ _ALL = [
         "a bare PEFT loop: bf16 weights and adapters, no dropout",
         environment="peers",
         settings={"method": "lora", "autocast_adapter_dtype": False},
+    ),
+    Contestant(
+        "peft-dora",
+        "peft_worker",
+        "the same bare loop with DoRA",
+        environment="peers",
+        settings={"method": "lora", "autocast_adapter_dtype": False, "use_dora": True},
     ),
     Contestant(
         "peft-default",

@@ -23,6 +23,9 @@ from lorikeet.model import Base
 LOAD_OPTIONS = ("fast",)
 """Settings of a contestant that are keywords of `load_model`. New ones come here, or below."""
 
+LORA_OPTIONS = ("dropout", "dora")
+"""Settings of a contestant that are fields of `LoraConfig`."""
+
 TRAIN_OPTIONS = ("method", "int8")
 """Settings of a contestant that are fields of `TrainConfig`."""
 
@@ -72,8 +75,8 @@ def main() -> None:
     examples, facts = read_examples(job, base)
     examples = placed(examples, config)
     if config.method == "lora":
-        dropout = job.settings.get("dropout", 0.0)
-        add_lora(base, LoraConfig(r=job.r, alpha=float(job.r), dropout=dropout))
+        lora = options(job.settings, LORA_OPTIONS, LoraConfig.model_fields)
+        add_lora(base, LoraConfig(r=job.r, alpha=float(job.r), **{"dropout": 0.0, **lora}))
     channel.hello(
         threads=torch.get_num_threads(),
         device=base.machine.device.type,

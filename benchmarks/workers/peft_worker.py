@@ -33,6 +33,7 @@ def load(job: Job) -> Any:
         lora_dropout=0.0,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
+        use_dora=job.settings.get("use_dora", False),
     )
     autocast = job.settings["autocast_adapter_dtype"]
     return peft.get_peft_model(model, lora, autocast_adapter_dtype=autocast).train()

@@ -17,12 +17,12 @@ from made_up import STUDIES, comparison, draws, sweep
 
 from lorikeet.study.figures import perplexity
 from lorikeet.study.outcomes import by_quality, outcomes
-from lorikeet.study.plots.axes import number, round_figures, spread_out
+from lorikeet.study.plots.axes import Mark, name_points, number, round_figures, spread_out
 from lorikeet.study.plots.curves import plot_losses, smoothed, thinned
 from lorikeet.study.plots.heat_map import plot_heat_map
 from lorikeet.study.plots.naming import shortened
 from lorikeet.study.plots.study import draw
-from lorikeet.study.plots.style import Picture, inline_svg, look, styled
+from lorikeet.study.plots.style import Picture, inline_svg, look, new_figure, styled
 from lorikeet.study.plots.tradeoffs import front
 from lorikeet.study.record import Study
 
@@ -83,6 +83,18 @@ def test_perplexities_stand_beside_their_groups(drawn: dict[str, dict[str, Pictu
     ]
     base = outcomes(comparison())[0]
     assert f"base {perplexity(base.test.perplexity)} →" in shown
+
+
+@pytest.mark.parametrize("crowd", [4, 5, 6])
+def test_every_point_of_a_few_is_named_though_its_intervals_leave_no_room(crowd: int) -> None:
+    """Intervals that reach far cross wherever a name could stand."""
+    marks = [
+        Mark(20 + 3 * i, 18 + 2 * (i % 3), f"group {i}", (5, 45), (5, 35)) for i in range(crowd)
+    ]
+    axes = new_figure(3.8).subplots()
+    axes.set(xlim=(0, 50), ylim=(0, 40))
+    name_points(axes, marks, size=(6, 3))
+    assert [text.get_text() for text in axes.texts] == [mark.name for mark in marks]
 
 
 def test_the_heat_map_shows_every_cell(drawn: dict[str, dict[str, Picture]]) -> None:

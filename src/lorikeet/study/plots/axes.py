@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorikeet.study.figures import perplexity
 from lorikeet.study.plots.naming import shortened
-from lorikeet.study.plots.style import INK, MUTED
+from lorikeet.study.plots.style import INK, MUTED, PAPER
 from lorikeet.study.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -199,9 +199,12 @@ def name_points(
 ) -> None:
     """Write names beside points, each at the first of eight places where it covers nothing.
 
+    Where there is none a name may lie over intervals, on a ground of its own, but over no point
+    and no other name: a point that nobody can name tells nothing.
+
     Args:
         axes: their limits must be set.
-        marks: the points, the most important first: one that finds no place goes without a name.
+        marks: the points, the most important first: in a crowd the last may go without a name.
         size: width and height of the axes, in inches.
         avoid: other points, which names must not cover.
     """
@@ -212,9 +215,11 @@ def name_points(
         across, up = to_fraction.transform((x, y))
         return float(across) * width, float(up) * height
 
-    taken = [box for mark in (*marks, *avoid) for box in _boxes(mark, place)]
-    for mark in marks:
-        text = shortened(mark.name, width=24, lines=2)
+    boxes = [_boxes(mark, place) for mark in (*marks, *avoid)]
+    dots, lines = [dot for dot, *_ in boxes], [line for _, *lines in boxes for line in lines]
+
+    def beside(mark: Mark, text: str, taken: Sequence[_Box]) -> tuple[int, int, _Box] | None:
+        """The first free place."""
         wide = max(map(len, text.split("\n"))) * _CHARACTER * _FONT
         tall = (text.count("\n") + 1) * 1.25 * _FONT
         x, y = place(mark.x, mark.y)
@@ -224,9 +229,16 @@ def name_points(
             box = (left, bottom, left + wide, bottom + tall)
             inside = left >= 0 and bottom >= 0 and box[2] <= width and box[3] <= height
             if inside and not any(_touch(box, other) for other in taken):
-                taken.append(box)
-                _write_beside(axes, mark, text, dx, dy)
-                break
+                return dx, dy, box
+        return None
+
+    for mark in marks:
+        text = shortened(mark.name, width=24, lines=2)
+        found = beside(mark, text, [*dots, *lines]) or beside(mark, text, dots)
+        if found is not None:
+            dx, dy, box = found
+            dots.append(box)
+            _write_beside(axes, mark, text, dx, dy)
 
 
 def _write_beside(axes: Axes, mark: Mark, text: str, dx: int, dy: int) -> None:
@@ -238,6 +250,8 @@ def _write_beside(axes: Axes, mark: Mark, text: str, dx: int, dy: int) -> None:
         ha="left" if dx > 0 else "right" if dx < 0 else "center",
         va="bottom" if dy > 0 else "top" if dy < 0 else "center",
         fontsize=_FONT,
+        bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
+        zorder=5,  # above the intervals
     )
 
 

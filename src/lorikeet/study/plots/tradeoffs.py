@@ -126,7 +126,8 @@ def plot_forgetting(outcomes: Sequence[Outcome], other_name: str) -> Picture | N
         _cross(axes, mark, one, size=6 if label in look_of else 9)
     if base is not None:
         axes.axhline(base.y, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
-    name_points(axes, list(marks.values()), size=_AXES)
+    base_first = sorted(marks, key=lambda label: (label in look_of, marks[label].x))
+    name_points(axes, [marks[label] for label in base_first], size=_AXES)
     axes.set_xlabel("perplexity on the test rows: what was learned")
     axes.set_ylabel("perplexity on the second text")
     title = f"Learned and forgotten: {other_name}" if other_name else "Learned and forgotten"

@@ -16,6 +16,7 @@ from transformers import (
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from lorikeet import kernels
@@ -99,6 +100,7 @@ TAKEN: dict[str, Callable[..., PretrainedConfig]] = {
     "mistral": lambda **tied: MistralConfig(**_SIZES, sliding_window=5, **tied),
     "qwen2": lambda **tied: Qwen2Config(**_SIZES, **tied),
     "qwen3": lambda **tied: Qwen3Config(**_SIZES, **tied),
+    "smollm3": lambda **tied: SmolLM3Config(**_SIZES, **tied),
 }
 
 
@@ -133,7 +135,7 @@ def test_off_as_asked(capsys: Said) -> None:
     [("gpt2", "gpt2"), ("gemma", "gemma"), ("gpt-neox", "gpt_neox"), ("phi", "phi")],
 )
 def test_other_architectures(architecture: Build, name: str, model_type: str, capsys: Said) -> None:
-    reason = f"its architecture ({model_type}) is not one of llama, mistral, qwen2, qwen3"
+    reason = f"its architecture ({model_type}) is not one of llama, mistral, qwen2, qwen3, smollm3"
     assert_refused(packing(architecture(name)), reason, capsys)
 
 

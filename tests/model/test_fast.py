@@ -16,6 +16,7 @@ from transformers import (
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from lorikeet import kernels
@@ -63,6 +64,8 @@ MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen2 with a window": lambda: Qwen2Config(**_SIZES, **_WINDOW),
     "qwen3": lambda: Qwen3Config(**_TIED),
     "qwen3 with a window": lambda: Qwen3Config(**_SIZES, **_WINDOW),
+    "smollm3": lambda: SmolLM3Config(**_TIED, no_rope_layers=[1, 0, 1]),
+    "smollm3 without rope at first": lambda: SmolLM3Config(**_SIZES, no_rope_layers=[0, 1, 0]),
 }
 
 Gradients = dict[str, Tensor]

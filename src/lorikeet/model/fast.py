@@ -27,7 +27,7 @@ from lorikeet.lora import LoraLinear
 from lorikeet.model.attention import Documents, attend
 from lorikeet.model.row import SITES, Row, Sizes, dropout_keys, key_tensor, lay_out, least
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """Architectures (transformers' names) whose blocks `_block` describes."""
 
 
@@ -202,7 +202,8 @@ def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, run: _Pass) -> Tens
     q, k, v = (x.unflatten(1, (-1, module.head_dim)) for x in (q, k, v))
     if hasattr(module, "q_norm"):  # Qwen 3 normalises every head
         q, k = _normalise_heads(module.q_norm, q), _normalise_heads(module.k_norm, k)
-    q, k = kernels.rotate(q, run.cos, run.sin), kernels.rotate(k, run.cos, run.sin)
+    if getattr(module, "use_rope", True):  # SmolLM 3 leaves it out in some blocks
+        q, k = kernels.rotate(q, run.cos, run.sin), kernels.rotate(k, run.cos, run.sin)
     window = _window(module)
     if kernels.attention.takes(q):
         options = {"scale": module.scaling, "window": window, "max_seqlen": run.row.max_seqlen}

@@ -101,6 +101,39 @@ def test_eval_agrees_with_the_run(
     assert found["difference"]["nll"] == pytest.approx(found["nll"] - found["base"]["nll"])
 
 
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [
+        (("--split", "validation"), ""),
+        (("--split", "train"), ""),
+        ((), "the adapter was trained on these very rows"),
+        (("--split", "validation", "--seed", 1), "not the documents that were held out"),
+        (("--data.validation", 0.5), "--data.validation changes nothing with --split all"),
+    ],
+)
+def test_eval_says_if_the_adapter_has_seen_the_rows(
+    finished: Path,
+    rows: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[object, ...],
+    warned: str,
+) -> None:
+    capsys.readouterr()
+    argv = ["eval", "--adapter", finished, "--data", rows, *flags]
+    assert main([str(arg) for arg in argv]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert warned in said
+    assert bool(warned) == ("trained on" in said or "changes nothing" in said)
+
+
+def test_eval_of_a_split_that_holds_nothing_out(
+    rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["eval", "--model", starter.folder(), "--data", rows, "--split", "validation"]
+    assert main([str(arg) for arg in [*argv, "--data.validation", "0"]]) == 2
+    assert "--split validation has no document" in capsys.readouterr().err
+
+
 def test_eval_of_a_base_alone(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = call(capsys, "eval", "--model", starter.folder(), "--data", rows, "--samples", 2)
     assert "perplexity" in shown

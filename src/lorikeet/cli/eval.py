@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorikeet import console
-from lorikeet.cli.options import add_adapter, add_json, add_options, count, read_config
+from lorikeet.cli.options import add_adapter, add_json, add_options, count, given, read_config
+from lorikeet.errors import ConfigError
 
 if TYPE_CHECKING:
     from lorikeet.cli.subject import Subject
@@ -37,12 +39,16 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate; with an adapter also the base alone, and the paired difference."""
     config = read_config(args)
     config.require("data.path")
+    if args.split == "all" and "data.validation" in given(args):
+        console.warn("--data.validation changes nothing with --split all, which takes every row")
     from lorikeet.cli.subject import adapter_folder, answer_side_by_side, load_subject
     from lorikeet.evaluate import evaluate, paired_difference
     from lorikeet.lora import disabled
 
     subject = load_subject(config, adapter_folder(args.adapter), allow_mismatch=args.allow_mismatch)
     prepared = _prepare(subject, config, args.split)
+    if subject.adapter is not None:
+        _warn_of_rows_seen(subject.adapter.provenance, prepared, args.split)
     examples = prepared.validation if args.split == "validation" else prepared.train
     base = subject.base
 
@@ -93,7 +99,33 @@ def _prepare(subject: Subject, config: RunConfig, split: str) -> Prepared:
         console.warn(warning)
     for warning in check_texts(subject.base.model, prepared.ids):
         console.warn(warning)
+    if split == "validation" and not prepared.validation:
+        raise ConfigError(
+            f"--split validation has no document: data.validation {config.data.validation} of"
+            f" {prepared.units} rows holds none out that has anything to learn; give a larger"
+            " share, more rows, or --split all"
+        )
     return prepared
+
+
+def _warn_of_rows_seen(trained: Mapping[str, Any], prepared: Prepared, split: str) -> None:
+    """Say it if the adapter was trained on the rows that it is about to be measured on."""
+    from lorikeet.study.receipt import documents_sha256
+
+    if trained.get("data_sha256") != prepared.sha256:
+        return
+    if split == "all":
+        console.warn(
+            "the adapter was trained on these very rows, but for those that were held out: its"
+            " figures show what was learnt by heart, too; --split validation leaves that out"
+        )
+    here = documents_sha256(prepared.validation)
+    if split == "validation" and trained.get("held_out_sha256", here) != here:
+        console.warn(
+            "these are not the documents that were held out when the adapter was trained on this"
+            " data, so it may have seen most of them; give that run's --seed, --data.validation"
+            " and --data.max_length (its config.yaml has them)"
+        )
 
 
 def _row(name: str, score: Any) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 from lorikeet.adapters import read_adapter
 from lorikeet.adapters.anatomy import examine
 from lorikeet.config import RunConfig
-from lorikeet.data import Prepared
+from lorikeet.data import Example, Prepared
 from lorikeet.evaluate import Difference, Score, paired_difference
 from lorikeet.evaluate.samples import Sample
 from lorikeet.files import write_json, write_text
@@ -29,9 +31,16 @@ def provenance(base: Base, prepared: Prepared, config: RunConfig) -> dict[str, A
         "template": prepared.template_name,
         "template_hash": prepared.template_hash,
         "data_sha256": prepared.sha256,
+        "held_out_sha256": documents_sha256(prepared.validation),
         "max_length": config.data.max_length,
         "seed": config.train.seed,
     }
+
+
+def documents_sha256(examples: Sequence[Example]) -> str | None:
+    """Hash of documents as the model sees them, in their order; None without any."""
+    text = json.dumps([list(example.ids) for example in examples])
+    return hashlib.sha256(text.encode()).hexdigest() if examples else None
 
 
 def surroundings() -> dict[str, Any]:

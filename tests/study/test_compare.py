@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,6 +106,23 @@ def test_every_problem_of_a_comparison_is_reported_at_once(small: Small) -> None
     said = str(error.value)
     for part in ("qlora", "nothing", "--methods", "--grid", "--seeds", "above 0"):
         assert part in said
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "said"),
+    [
+        ({"lora__rslora": True}, {}, "lora and rslora are the same; leave out lora.rslora"),
+        ({"lora__init": "pissa"}, {}, "dora: lora.dora and lora.init pissa cannot be combined"),
+        ({"train__int8": True}, {}, "full: train.int8 rounds frozen weights"),
+        ({}, {"grids": {"int8": [1e-3]}}, "a grid is given for int8, which is not compared"),
+        ({}, {"grids": {"lora": [math.inf]}}, "above 0, found .inf"),
+    ],
+)
+def test_what_no_comparison_can_be_is_told_before_anything_is_loaded(
+    small: Small, options: dict[str, Any], given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Comparison(small(**options), methods=["lora", "full", "rslora", "dora"], **given)
 
 
 def test_a_comparison_of_nothing(small: Small) -> None:

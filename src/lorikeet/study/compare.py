@@ -86,10 +86,34 @@ class Comparison:
         problems += [
             f"the grid of {name} must hold learning rates above 0, found {list(grid)}"
             for name, grid in (self.grids or {}).items()
-            if not grid or not all(rate > 0 for rate in grid)
+            if not grid or not all(0 < rate < math.inf for rate in grid)
         ]
+        problems += [
+            f"a grid is given for {name}, which is not compared; add it to --methods"
+            for name in self.grids or {}
+            if name in METHODS and name not in self.methods
+        ]
+        problems += self._alike()
         if problems:
             raise ConfigError("this comparison does not hold:", problems)
+
+    def _alike(self) -> list[str]:
+        """Methods that are no runs with these options, and those that are one and the same."""
+        found: dict[str, str] = {}
+        problems: dict[str, None] = {}
+        for method in self.methods:
+            try:
+                run = changed(self.config, METHODS.get(method, {})).model_dump_json()
+            except ConfigError as error:
+                problems |= dict.fromkeys(f"{method}: {problem}" for problem in error.problems)
+                continue
+            first = found.setdefault(run, method)
+            if method in METHODS and first != method:
+                problems[
+                    f"with these options {first} and {method} are the same; leave out"
+                    f" {' and '.join(METHODS[first] | METHODS[method])}, which --methods sets"
+                ] = None
+        return list(problems)
 
     @property
     def numbers(self) -> list[int]:

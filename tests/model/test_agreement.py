@@ -150,6 +150,12 @@ def test_llamas_that_are_not_taken(options: dict[str, Any], reason: str, capsys:
     assert_refused(llama(**options), reason, capsys)
 
 
+def test_angles_that_follow_the_longest_document(capsys: Said) -> None:
+    scaling = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = from_config(LlamaConfig(**_SIZES, rope_parameters=scaling))
+    assert_refused(model, "its rotary angles follow the longest document of a row", capsys)
+
+
 def test_documents_that_cannot_share_a_row(capsys: Said) -> None:
     nll, path_taken = choice(llama(), packing=False)
     assert (nll, path_taken) == (token_nll, "generic path: its documents cannot share a row")

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorikeet.config import LoraConfig, TrainConfig
 from lorikeet.data import Batch, Example, pack
 from lorikeet.errors import TrainingError
-from lorikeet.lora import LoraLinear, lora_parameters
+from lorikeet.lora import LoraLinear, inject, lora_parameters
 from lorikeet.model import token_nll
-from lorikeet.train import Hooks, Optimizer, TrainState, fit
+from lorikeet.train import Hooks, Optimizer, TrainState, fit, set_up
 
 Lines = list[dict[str, Any]]
 
@@ -256,6 +257,28 @@ def test_tensors_that_never_learn_are_refused(ragged: Callable[..., list[Example
     assert caught.value.problems == ("forgotten.lora_A", "forgotten.lora_B")
     assert "2 of 4 trainable tensors" in str(caught.value)
     assert len(run.lines) == 3
+
+
+def test_rows_of_a_rare_token_may_wait(tiny: Callable[..., Any]) -> None:
+    """An untied embedding's row has its first gradient when its token first comes up."""
+    model = tiny(tied=False)
+    rare = model.config.vocab_size - 1
+    inject(model, LoraConfig(r=2, trainable_tokens=[rare]), seed=0)
+    rows = [Example((5, 6, 7, 8), (False, True, True, True), i, "row") for i in range(6)]
+    rows[5] = Example((5, rare, 7, 8), (False, True, True, True), 5, "row")
+    setup = set_up(model, rows, TrainConfig(batch_size=1, max_steps=6))
+    embedding = model.get_input_embeddings()
+    before = embedding.rows.detach().clone()
+    fit(
+        model,
+        setup.optimizer,
+        lambda step: [pack([rows[step]])],
+        learning_rate=lambda step: 1e-2,
+        total_steps=6,
+        loss=setup.loss,
+    )
+    assert not torch.equal(embedding.rows, before)
+    assert len(setup.optimizer.sparse) == 1
 
 
 def test_all_of_loras_tensors_move_within_three_steps(run: Run) -> None:

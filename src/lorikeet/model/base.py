@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +23,6 @@ from lorikeet.model.fingerprint import fingerprint, tokenizer_fingerprint
 from lorikeet.model.loss import TokenNll
 from lorikeet.model.machine import DTYPES, Machine, choose
 from lorikeet.model.packing import enable_packing
-from lorikeet.model.rope import longest_unscaled
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -228,9 +226,7 @@ def empty_model(
 def _ready(model: Any, tokenizer: Any, source: str, machine: Machine, fast: str) -> Base:
     model.to(machine.device).eval()
     packing = enable_packing(model, device=machine.device)
-    # The fast path runs a packed row as a whole, where `token_nll` can run long documents apart.
-    whole_rows = packing and longest_unscaled(model.config) == math.inf
-    nll, path_taken = choose_nll(model, asked=fast, packing=whole_rows)
+    nll, path_taken = choose_nll(model, asked=fast, packing=packing)
     return Base(
         model=model,
         tokenizer=tokenizer,

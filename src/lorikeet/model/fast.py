@@ -10,6 +10,7 @@ S supervised rows (`model/row.py` lays them out).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +26,7 @@ from lorikeet.data.batch import Batch
 from lorikeet.kernels import Dropout, Int8Weight, Normal, Projection, quantize_weight
 from lorikeet.lora import LoraLinear
 from lorikeet.model.attention import Documents, attend
+from lorikeet.model.rope import longest_unscaled
 from lorikeet.model.row import SITES, Row, Sizes, dropout_keys, key_tensor, lay_out, least
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -95,6 +97,8 @@ def refusal(model: Any) -> str | None:
     config = model.config
     if config.model_type not in MODEL_TYPES:
         return f"its architecture ({config.model_type}) is not one of {', '.join(MODEL_TYPES)}"
+    if longest_unscaled(config) != math.inf:
+        return "its rotary angles follow the longest document of a row"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}, not silu"
     if getattr(config, "attention_dropout", 0.0):

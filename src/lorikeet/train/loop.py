@@ -141,11 +141,12 @@ def _step(
 
 
 def _refuse_idle_tensors(optimizer: Optimizer) -> None:
-    idle = sorted(set(optimizer.parameters) - optimizer.moved)
+    idle = sorted(set(optimizer.parameters) - optimizer.moved - optimizer.sparse)
     if idle:
         raise TrainingError(
             f"{len(idle)} of {len(optimizer.parameters)} trainable tensors have had no gradient in"
-            f" the first {SETTLING_STEPS} steps, so they would never learn:",
+            f" the first {SETTLING_STEPS} steps, so they would never learn (--lora.exclude_modules"
+            " leaves modules out that the model's forward pass goes round):",
             [*idle[:10], *(["..."] if len(idle) > 10 else [])],
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Optimizer:
         loss_scaling: scale losses dynamically, for fp16 activations.
         loraplus_lr_ratio: learning rate of every B over that of all else (LoRA+: Hayou et al. 2024,
             arXiv:2402.12354, equation 5).
+        sparse: names of tables of which a step moves the rows that it shows, which may be none.
     """
 
     def __init__(
@@ -38,10 +39,12 @@ class Optimizer:
         max_grad_norm: float = 1.0,
         loss_scaling: bool = False,
         loraplus_lr_ratio: float = 1.0,
+        sparse: Collection[str] = (),
     ) -> None:
         self.parameters = dict(parameters)
         self.masters = {name: _master(p) for name, p in self.parameters.items()}
         self.max_grad_norm = max_grad_norm
+        self.sparse = frozenset(sparse)
         groups: dict[tuple[bool, float], dict[str, Any]] = {}
         for name, master in self.masters.items():
             matrix = master.dim() > 1

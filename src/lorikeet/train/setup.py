@@ -14,6 +14,7 @@ from lorikeet.config import TrainConfig
 from lorikeet.data.batch import Batch, Epochs, micro_batches, pack
 from lorikeet.data.example import Example
 from lorikeet.errors import ConfigError
+from lorikeet.lora import TokenEmbedding
 from lorikeet.model import (
     FastNll,
     Fit,
@@ -110,6 +111,7 @@ def set_up(
         max_grad_norm=config.max_grad_norm,
         loss_scaling=next(model.parameters()).dtype == torch.float16,
         loraplus_lr_ratio=config.loraplus_lr_ratio,
+        sparse=_sparse(model),
     )
     random.seed(config.seed)
     torch.manual_seed(config.seed)
@@ -159,6 +161,11 @@ def _in_int8(model: nn.Module, nll: TokenNll) -> FastNll:
     if not can_multiply_int8():
         raise ConfigError("train.int8 needs a CPU with VNNI, which this one has not; leave it out")
     return replace(nll, rounded=int8_weights(model))
+
+
+def _sparse(model: nn.Module) -> list[str]:
+    """Trained rows of embeddings: those of a rare token may wait long for their first gradient."""
+    return [f"{name}.rows" for name, m in model.named_modules() if isinstance(m, TokenEmbedding)]
 
 
 def trainable(model: nn.Module) -> Mapping[str, nn.Parameter]:

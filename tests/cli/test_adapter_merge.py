@@ -220,6 +220,9 @@ def test_what_is_there_is_not_replaced(
     code, _, said = call(capsys, "--out", tmp_path / "o")
     assert code == 2
     assert "give --adapter DIR" in said
+    code, _, said = call(capsys, "--adapter", adapter, "--out", tmp_path / ("x" * 300))
+    assert code == 2
+    assert "File name too long" in said
 
 
 def test_a_base_of_the_hubs_cache(adapter: Path, tmp_path: Path) -> None:

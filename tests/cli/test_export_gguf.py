@@ -419,6 +419,12 @@ def test_nothing_but_a_gguf_file_is_replaced(
     assert call(capsys, *argv)[0] == 0
 
 
+def test_a_name_that_the_system_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, said = call(capsys, "--model", starter.folder(), "--out", tmp_path / ("x" * 300))
+    assert code == 2
+    assert "File name too long" in " ".join(said.split())
+
+
 def test_out_may_be_in_a_new_folder_and_replaces(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -169,6 +169,9 @@ def test_other_places_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     code, _, said = call(capsys, "--model", base, "--out", lone)
     assert code == 2
     assert "(model-f16.gguf), which would be lost" in said
+    code, _, said = call(capsys, "--model", base, "--out", tmp_path / ("x" * 300))
+    assert code == 2
+    assert "File name too long" in said
     file = tmp_path / "file"
     file.write_text("mine")
     code, _, said = call(capsys, "--model", base, "--out", file)

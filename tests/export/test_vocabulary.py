@@ -21,7 +21,7 @@ from small_tokenizers import (
     pieces,
     strange,
 )
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, Unigram, WordLevel
 from tokenizers.trainers import UnigramTrainer
 from transformers import PreTrainedTokenizerFast
@@ -246,6 +246,20 @@ def test_what_the_tokenizer_puts_around_a_text_is_what_counts(words: list[str]) 
     kinds = dict(zip(tokens, types, strict=True))
     expected = {"<unk>": 2, "<bos>": 3, "<table>": 4, "<0x0A>": 6, SPACE * 2: 1}
     assert {token: kinds[token] for token in expected} == expected
+
+
+def test_no_eos_after_a_prompt(small: Any) -> None:
+    """llama.cpp would put it after prompts, too; in training it is after whole texts alone."""
+    plain = describe(small, rows=len(small))
+    small.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>",
+        special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)],
+    )
+    found = describe(small, rows=len(small))
+    assert found.metadata["tokenizer.ggml.add_bos_token"].value is True
+    assert found.metadata["tokenizer.ggml.add_eos_token"].value is False
+    assert [limit for limit in found.limits if "EOS" in limit and "prompts" in limit]
+    assert not [limit for limit in plain.limits if "EOS" in limit]
 
 
 def test_the_token_that_ends_a_turn(small: Any) -> None:

@@ -25,7 +25,7 @@ from lorikeet.adapters.fold import Fold
 from lorikeet.adapters.safe import TORCH, Content, write_safe
 from lorikeet.adapters.vocabulary import TOKENIZER_FILES, require_tokens, tokenizer_files
 from lorikeet.errors import AdapterError, ConfigError, ModelError
-from lorikeet.files import atomic_folder
+from lorikeet.files import atomic_folder, disk_errors
 from lorikeet.lora import Vocabulary
 
 NOTE = "lorikeet.json"
@@ -96,7 +96,8 @@ def merge(
         StorageError: the disk refused a write. On every error `out` stays as it was.
     """
     started = time.monotonic()
-    _check_place(base, out)
+    with disk_errors(out):
+        _check_place(base, out)
     fold = Fold.of(base, adapter)
     texts = _texts(base)
     if adapter.vocabulary or fold.plan.rows:

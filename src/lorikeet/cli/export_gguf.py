@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert; with --verify also compare, and fail if the file is another model."""
     out = Path(args.out)
-    _check_place(args.out)
+    with disk_errors(out):
+        _check_place(args.out)
     if args.adapter_only:
         return _adapter_only(args, out)
     check_file_arguments(args)
@@ -66,7 +67,7 @@ def _check_place(name: str) -> None:
         return
     if not out.is_file():
         raise ConfigError(f"--out: {out} is no plain file, which alone can be replaced")
-    with disk_errors(out), out.open("rb") as file:
+    with out.open("rb") as file:
         begins = file.read(len(MAGIC))
     if begins not in (MAGIC, b""):
         raise ConfigError(

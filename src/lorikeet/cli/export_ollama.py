@@ -18,6 +18,7 @@ from lorikeet.cli.gguf_file import (
     show,
 )
 from lorikeet.errors import ConfigError, ModelError
+from lorikeet.files import atomic_folder, disk_errors
 
 _MODELFILE = "Modelfile"
 _SHOWN = 4  # names in a message
@@ -33,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
     """Convert, translate the chat template; with --verify also compare."""
     check_file_arguments(args)
     out = Path(args.out)
-    _check_place(out)
+    with disk_errors(out):
+        _check_place(out)
     from lorikeet.export.modelfile import modelfile
-    from lorikeet.files import atomic_folder
 
     job = plan(args)
     adds_bos = job.conversion.metadata.get("tokenizer.ggml.add_bos_token")

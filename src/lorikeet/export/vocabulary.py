@@ -26,6 +26,10 @@ from lorikeet.gguf.metadata import Field
 
 _KEYS = gguf.Keys.Tokenizer
 _PAD_SCORE = -1e6
+_ENDS = (
+    "the end of a text: this tokenizer puts EOS there, llama.cpp nothing, for it would put it after"
+    " prompts, too, which then are not answered"
+)
 _RUNS = "runs of spaces: this tokenizer makes one of them, llama.cpp keeps all"
 
 
@@ -64,7 +68,8 @@ def describe(tokenizer: Any, *, rows: int) -> Vocabulary:
         **_special_ids(tokenizer),
         **_chat_templates(tokenizer.chat_template),
     }
-    return Vocabulary(metadata, (*limits, *_added_limits(spec)))
+    limits = (*limits, *_added_limits(spec), *([_ENDS] if _around(tokenizer)[1] else []))
+    return Vocabulary(metadata, limits)
 
 
 def _model(
@@ -184,8 +189,19 @@ def _merges(spec: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in pairs]
 
 
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer puts before and after a text."""
+    bare = tokenizer("x", add_special_tokens=False)["input_ids"]
+    full = tokenizer("x")["input_ids"]
+    start = next(
+        (i for i in range(len(full)) if full[i : i + len(bare)] == bare),
+        len(full),
+    )
+    return full[:start], full[start + len(bare) :]
+
+
 def _special_ids(tokenizer: Any) -> dict[str, Field]:
-    """Ids with a role, and which of them the tokenizer itself puts around a text.
+    """Ids with a role, and whether the tokenizer itself puts BOS before a text.
 
     Raises:
         ModelError: there is no EOS token, or the tokenizer adds what llama.cpp does not.
@@ -196,13 +212,7 @@ def _special_ids(tokenizer: Any) -> dict[str, Field]:
             "the tokenizer has no EOS token, and llama.cpp would take another token for it: name"
             " one as eos_token in tokenizer_config.json"
         )
-    bare = tokenizer("x", add_special_tokens=False)["input_ids"]
-    full = tokenizer("x")["input_ids"]
-    start = next(
-        (i for i in range(len(full)) if full[i : i + len(bare)] == bare),
-        len(full),
-    )
-    before, after = full[:start], full[start + len(bare) :]
+    before, after = _around(tokenizer)
     if before not in ([], [bos]) or after not in ([], [eos]):
         raise ModelError(
             f"the tokenizer puts tokens {before} before a text and {after} after it; llama.cpp"
@@ -218,7 +228,7 @@ def _special_ids(tokenizer: Any) -> dict[str, Field]:
     return {
         **{key: Field("u32", index) for key, index in ids.items() if index is not None},
         _KEYS.ADD_BOS: Field("bool", bool(before)),
-        _KEYS.ADD_EOS: Field("bool", bool(after)),
+        _KEYS.ADD_EOS: Field("bool", False),
     }
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from lorikeet import starter
 from lorikeet.config import load_config
 from lorikeet.data.batch import pack
 from lorikeet.data.example import Example
 from lorikeet.lora import inject
-from lorikeet.model import load_model
-from lorikeet.model.footprint import saved_bytes_per_token
+from lorikeet.model import load_model, token_nll
+from lorikeet.model.footprint import saved_bytes, saved_bytes_per_token
+from lorikeet.model.packing import enable_packing
 from lorikeet.study.plan import plan
 
 TOKENS = 256
@@ -101,3 +104,44 @@ def test_tokens_that_are_trained_are_counted() -> None:
         assert found.parameters.base == without.parameters.base + base
         assert found.parameters.trainable == without.parameters.trainable + 2 * 256
         assert found.memory.logits > without.memory.logits  # the head is no plain product
+
+
+_SIZES = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+_GROUPED = {**_SIZES, "intermediate_size": 24, "num_key_value_heads": 1, "pad_token_id": 0}
+_MPT = {"vocab_size": 61, "d_model": 16, "n_layers": 2, "n_heads": 2}
+_GPT_J = {"vocab_size": 61, "n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4}
+_GPT_NEO = {"vocab_size": 61, "hidden_size": 16, "num_layers": 2, "num_heads": 2}
+_MAMBA = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+_SCALED = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+CONFIGS: dict[str, transformers.PretrainedConfig] = {
+    "soft-capped scores": transformers.Gemma2Config(**_GROUPED, head_dim=8),
+    "no exchange": transformers.GPTJConfig(**_GPT_J),
+    "no exchange, local": transformers.GPTNeoConfig(
+        **_GPT_NEO, attention_types=[[["global", "local"], 1]]
+    ),
+    "alibi": transformers.MptConfig(**_MPT),
+    "no attention": transformers.MambaConfig(**_MAMBA),
+    "experts": transformers.MixtralConfig(**_GROUPED, num_local_experts=4),
+    "angles by length": transformers.LlamaConfig(**_GROUPED, rope_parameters=_SCALED),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_models_that_keep_their_own_attention(name: str, tmp_path: Path) -> None:
+    """Planned is what a document alone keeps of a model that cannot pack, else of a full row."""
+    CONFIGS[name].save_pretrained(tmp_path)
+    options = {"model.path": str(tmp_path), "model.fast": "off", "data.max_length": 64}
+    config = load_config(overrides=settings(**options, **{"train.batch_size": 2}))
+    found = plan(config)
+
+    model: Any = transformers.AutoModelForCausalLM.from_config(CONFIGS[name])
+    packing = enable_packing(model.eval(), device=torch.device("cpu"))
+    assert packing == (name in ("experts", "angles by length"))
+    assert found.workload.micro_tokens == (128 if packing else 64)
+    inject(model, config.lora, seed=0)
+    model.train()
+    document = Example(tuple(i % 61 for i in range(64)), (False,) * 63 + (True,), 0, "row")
+    with saved_bytes(model) as count:
+        token_nll(model, pack([document] * (found.workload.micro_tokens // 64)))
+        assert found.memory.activations == pytest.approx(count(), rel=0.15)
+    assert found.seconds_per_step > 0

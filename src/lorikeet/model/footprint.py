@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface
 
 from lorikeet.data.batch import pack
 from lorikeet.data.example import Example
-from lorikeet.model.attention import IMPLEMENTATION
+from lorikeet.errors import ModelError
 from lorikeet.model.loss import TokenNll
 
 _FLASH_SHAPE = "lorikeet-footprint"
@@ -45,19 +45,25 @@ def _attend(
 AttentionInterface.register(_FLASH_SHAPE, _attend)
 
 
-def saved_bytes_per_token(model: Any, *, tokens: int = 256) -> int:
+def saved_bytes_per_token(model: Any, *, tokens: int = 256, packing: bool = True) -> int:
     """Bytes of activations that autograd keeps for a token's backward, the head left out.
 
-    Runs the model's body on the meta device and adds up the storages that the graph saves, each
-    once, parameters excepted. Counted at a length where per-token costs dominate.
+    Runs the model's body and adds up the storages that the graph saves, each once, parameters
+    excepted. Counted at a length where per-token costs dominate.
 
     Args:
-        model: on the meta device, adapters injected or parameters freed.
+        model: best on the meta device; adapters injected or parameters freed.
         tokens: length of the row that is run.
+        packing: whether the model has the packed attention, which keeps what flash attention does.
+            One without keeps what its own does, which may grow with the square of `tokens`.
+
+    Raises:
+        RuntimeError: the body reads values, of which the meta device has none.
     """
-    model.set_attn_implementation(_FLASH_SHAPE)
+    if packing:
+        model.set_attn_implementation(_FLASH_SHAPE)
     model.train()
-    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=next(model.parameters()).device)
     with saved_bytes(model) as count:
         model.base_model(input_ids=ids, use_cache=False)
         return count() // tokens
@@ -82,18 +88,29 @@ def saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
 
 
 def block_model(model: Any, *, dtype: torch.dtype, device: torch.device) -> Any:
-    """One block of `model`'s shape with random weights and a small vocabulary, for timing."""
+    """One block of `model`'s shape with random weights and a small vocabulary, for timing.
+
+    It has the attention that the model would choose by itself.
+
+    Raises:
+        ModelError: the architecture has no model of a single block.
+    """
     config = deepcopy(model.config)
     config.num_hidden_layers = 1
     config.vocab_size = _SMALL_VOCABULARY
     config.pad_token_id = config.bos_token_id = config.eos_token_id = None
-    if getattr(config, "layer_types", None):
+    if vars(config).get("layer_types"):  # elsewhere it is a property that follows the number
         config.layer_types = config.layer_types[:1]
-    with torch.random.fork_rng():
-        block = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=IMPLEMENTATION
-        )
-    return block.to(device)
+    try:
+        with torch.random.fork_rng():
+            block = type(model)._from_config(config, dtype=dtype)
+    except Exception as error:  # what a class raises that was not made for this is anyone's guess
+        raise ModelError(
+            f"cannot plan for {config.model_type}: the time of a step is that of one block, and no"
+            f" model of a single one can be made ({type(error).__name__}: {error}); a short run of"
+            " `lorikeet train` with --train.max_steps shows what it needs"
+        ) from error
+    return block.to(device).eval()
 
 
 def seconds_per_block(model: Any, nll: TokenNll, *, tokens: int = 256, repeats: int = 3) -> float:

@@ -28,7 +28,9 @@ from lorikeet.model import (
 from lorikeet.model.agreement import choose_nll
 from lorikeet.model.budget import measure, saved_by_block
 from lorikeet.model.footprint import block_model, saved_bytes_per_token, seconds_per_block
+from lorikeet.model.packing import enable_packing
 
+_LENGTH = 256  # tokens of a row that is run to measure
 _LOGIT_COPIES = 3  # float32 logits, their log-softmax, the gradient
 
 
@@ -110,9 +112,10 @@ def plan(config: RunConfig) -> Plan:
     grow_vocabulary(model, tokenizer, config.lora.new_tokens)
     _make_trainable(model, config)
     parameters = parameter_report(model)
-    workload = _workload(config, model, tokenizer)
     block = block_model(model, dtype=machine.dtype, device=machine.device)
-    nll, _ = choose_nll(block, asked=config.model.fast, packing=True)
+    packing = enable_packing(block, device=machine.device)
+    nll, _ = choose_nll(block, asked=config.model.fast, packing=packing)
+    workload = _workload(config, model, tokenizer, packing=packing)
     without_tokens = {"trainable_tokens": None, "new_tokens": None}  # its vocabulary is another
     lora = config.lora.model_copy(update=without_tokens)
     _make_trainable(block, config.model_copy(update={"lora": lora}))
@@ -120,10 +123,10 @@ def plan(config: RunConfig) -> Plan:
         parameters,
         config,
         size=machine.dtype.itemsize,
-        activations=_activations(model, block, nll, workload),
+        activations=_activations(model, block, nll, workload, packing=packing),
         logits=_logits(model, nll, workload, size=machine.dtype.itemsize),
     )
-    tokens = min(256, config.data.max_length)
+    tokens = min(_LENGTH, config.data.max_length)
     block_time = seconds_per_block(block, nll, tokens=tokens) / tokens
     seconds = _seconds(model, block, block_time, workload)
     return Plan(parameters, memory, workload, seconds, machine.dtype_name)
@@ -144,12 +147,9 @@ def _tokenizer(config: RunConfig) -> Any:
     )
 
 
-def _workload(config: RunConfig, model: Any, tokenizer: Any) -> Workload:
-    batch, longest, budget = (
-        config.train.batch_size,
-        config.data.max_length,
-        config.train.max_tokens,
-    )
+def _workload(config: RunConfig, model: Any, tokenizer: Any, *, packing: bool) -> Workload:
+    batch, longest = config.train.batch_size, config.data.max_length
+    budget = config.train.max_tokens if packing else 0  # else a micro-batch is one document
     if not config.data.path:
         step = batch * longest
         micro = min(step, max(budget // longest, 1) * longest)
@@ -168,14 +168,20 @@ def _longest(examples: list[Example]) -> int:
     return max(len(example.ids) for example in examples)
 
 
-def _activations(model: Any, block: Any, nll: TokenNll, workload: Workload) -> int:
+def _activations(
+    model: Any, block: Any, nll: TokenNll, workload: Workload, *, packing: bool
+) -> int:
     """Bytes that are kept for the backward pass of the largest micro-batch."""
-    if not isinstance(nll, FastNll):
-        return saved_bytes_per_token(model) * workload.micro_tokens
-    of_block = saved_by_block(block, nll)
-    of_head = measure(block, nll).token - of_block  # by every supervised row
-    blocks = model.config.num_hidden_layers * of_block * workload.micro_tokens
-    return blocks + of_head * workload.micro_supervised
+    blocks, tokens = model.config.num_hidden_layers, workload.micro_tokens
+    if isinstance(nll, FastNll):
+        of_block = saved_by_block(block, nll)
+        of_head = measure(block, nll).token - of_block  # by every supervised row
+        return blocks * of_block * tokens + of_head * workload.micro_supervised
+    length = _LENGTH if packing else tokens  # of what grows with its square, the real one
+    try:
+        return saved_bytes_per_token(model, tokens=length, packing=packing) * tokens
+    except RuntimeError:  # it chooses by values (experts, angles), so a block with values is run
+        return blocks * saved_bytes_per_token(block, tokens=length, packing=False) * tokens
 
 
 def _logits(model: Any, nll: TokenNll, workload: Workload, *, size: int) -> int:

@@ -76,9 +76,8 @@ class Bench:
         config = protocol.config
         base = self._loaded(config)
         prepared = self._prepared(config.data, base)
-        for warning in preflight(
-            prepared, tokenizer=base.tokenizer, max_length=config.data.max_length
-        ):
+        warnings = preflight(prepared, tokenizer=base.tokenizer, max_length=config.data.max_length)
+        for warning in warnings:
             console.warn(warning)
         self.renderer = Renderer(
             base.tokenizer,
@@ -91,6 +90,7 @@ class Bench:
         folder.stand_on(
             {**identify(base, prepared), **_facts(base, prepared, self.held_out)},
             [Question(prompt, reference) for prompt, reference, _ in asked],
+            warnings,
         )
 
     def measure_base(self) -> Trial:

@@ -24,6 +24,7 @@ from lorikeet.study.prose import named
 from lorikeet.study.protocol import Planned, Protocol, StudyFolder
 from lorikeet.study.receipt import surroundings
 from lorikeet.study.record import SEED, Candidate, Study, Trial
+from lorikeet.study.wording import sentence
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -181,7 +182,7 @@ def run_compare(comparison: Comparison, out: str | Path, *, hire: Hire = gather)
         raise TrainingError(
             "no method came to its end:", [f"{t.method}: {t.error}" for t in hopeless]
         )
-    stood_on, asked = folder.stood_on()
+    stood_on, asked, warnings = folder.stood_on()
     return Study(
         kind="compare",
         trials=[*trials, *hopeless],
@@ -191,7 +192,7 @@ def run_compare(comparison: Comparison, out: str | Path, *, hire: Hire = gather)
         config=comparison.config.model_dump(),
         receipt={**stood_on, **surroundings(), "loads": loads},
         other_name=Path(comparison.other).name if comparison.other else "",
-        notes=_notes(comparison, searches, stood_on),
+        notes=[*_notes(comparison, searches, stood_on), *map(sentence, warnings)],
     )
 
 

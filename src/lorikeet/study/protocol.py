@@ -99,8 +99,10 @@ class StudyFolder:
         remove_drafts(self.path)
         write_text(self.plan, plan)
 
-    def stand_on(self, inputs: Mapping[str, Any], asked: Sequence[Question]) -> None:
-        """Remember which data and weights the study stands on, and what it asks.
+    def stand_on(
+        self, inputs: Mapping[str, Any], asked: Sequence[Question], warnings: Sequence[str] = ()
+    ) -> None:
+        """Remember which data and weights the study stands on, what it asks, and what is odd.
 
         Raises:
             ConfigError: it was begun on others.
@@ -115,15 +117,16 @@ class StudyFolder:
                     changed,
                 )
         questions = [{"prompt": q.prompt, "reference": q.reference} for q in asked]
-        write_json(self.inputs, {**inputs, "questions": questions})
+        remembered = {**inputs, "questions": questions, "warnings": list(warnings)}
+        write_json(self.inputs, remembered)
 
-    def stood_on(self) -> tuple[dict[str, Any], list[Question]]:
-        """What `stand_on` remembered; empty before."""
+    def stood_on(self) -> tuple[dict[str, Any], list[Question], list[str]]:
+        """What `stand_on` remembered: inputs, questions, warnings; empty before."""
         if not self.inputs.is_file():
-            return {}, []
+            return {}, [], []
         found = json.loads(self.inputs.read_text(encoding="utf-8"))
         asked = [Question(**question) for question in found.pop("questions")]
-        return found, asked
+        return found, asked, found.pop("warnings", [])
 
     def run(self, name: str) -> Path:
         """The run folder of a trial."""

@@ -14,6 +14,7 @@ from lorikeet.study.prose import named
 from lorikeet.study.protocol import Protocol, StudyFolder
 from lorikeet.study.receipt import surroundings
 from lorikeet.study.record import Study
+from lorikeet.study.wording import sentence
 
 
 def run_sweep(
@@ -44,7 +45,7 @@ def run_sweep(
     with folder.working(plan), hire(protocol, folder) as crew:
         trials = do_trials(crew, folder, planned)
         loads = crew.loads
-    stood_on, asked = folder.stood_on()
+    stood_on, asked, warnings = folder.stood_on()
     return Study(
         kind="sweep",
         trials=trials,
@@ -53,7 +54,7 @@ def run_sweep(
         config=sweep.config.model_dump(),
         receipt={**stood_on, **surroundings(), "loads": loads},
         other_name=Path(other).name if other else "",
-        notes=_notes(sweep),
+        notes=[*_notes(sweep), *map(sentence, warnings)],
     )
 
 

@@ -142,6 +142,11 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def sentence(text: str) -> str:
+    """A warning as a sentence: a capital first, a full stop last."""
+    return f"{text[:1].upper()}{text[1:].removesuffix('.')}."
+
+
 def _plain(value: Any) -> Any:
     """The same of types that YAML knows."""
     if isinstance(value, Mapping):

@@ -46,6 +46,23 @@ def test_the_models_own_template_from_a_file_is_not_another(
     assert "other-template" not in found(train(**QUICK, data__template=str(own)))
 
 
+@pytest.mark.parametrize(("doubles", "severity"), [(0, None), (2, "hint"), (80, "problem")])
+def test_rows_that_are_held_out_and_trained_on(
+    train: Callable[..., Path], found: Found, rows: Path, doubles: int, severity: str | None
+) -> None:
+    lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
+    distinct = [line.replace("brown", f"brown {i}") for i, line in enumerate(lines)]
+    held_out = rows.with_name("held-out.jsonl")
+    others = [line.replace("brown", f"red {i}") for i, line in enumerate(lines)]
+    held_out.write_text("".join([*distinct[:doubles], *others[doubles:]]), encoding="utf-8")
+    rows.write_text("".join(distinct), encoding="utf-8")
+    finding = found(train(**QUICK, data__path=str(rows), data__validation=str(held_out))).get(
+        "held-out-copies"
+    )
+    assert (finding and finding.severity) == severity
+    assert (finding.evidence["copies"] if finding else 0) == doubles
+
+
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     """Rows of the starter's set as prompts and completions."""

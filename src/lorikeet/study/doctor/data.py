@@ -24,6 +24,12 @@ MERGED = 0.1
 from tokens that training never showed."""
 
 
+COPIED = 0.05
+"""From this share on copies among the rows held out are a problem. A run that learns its rows by
+heart brings a copy from some nats per token to none, so one in twenty moves the figure by a tenth
+of a nat, as much as a comparison should see. From the size of effects, not measured."""
+
+
 def data_symptoms(facts: RunFacts) -> Iterator[Finding]:
     """All of them; nothing without a receipt, which has the counts."""
     if not facts.data:
@@ -31,6 +37,7 @@ def data_symptoms(facts: RunFacts) -> Iterator[Finding]:
     yield from truncated(facts)
     yield from unsupervised(facts)
     yield from endless(facts)
+    yield from copied(facts)
     yield from boundary_merges(facts)
     yield from odd_texts(facts)
     yield from other_template(facts)
@@ -84,6 +91,23 @@ def endless(facts: RunFacts) -> Iterator[Finding]:
         {"examples": examples, "without_end": missing, "template": facts.template},
         "look at the end of an example with `lorikeet preview`: the template must put the"
         " end-of-turn token inside the answer, or the tuned model will not know when to stop",
+    )
+
+
+def copied(facts: RunFacts) -> Iterator[Finding]:
+    """Rows held out that were trained on all the same: the file has them twice."""
+    copies = facts.data.get("copies", 0)  # older receipts did not count them
+    # A run of a comparison sees half of them, but was split from all.
+    held_out = facts.data["examples"] - (facts.examples or 0)
+    if facts.validation is None or copies <= ODD * held_out:
+        return
+    yield Finding(
+        "held-out-copies",
+        _severity(copies / held_out, COPIED),
+        f"{share(copies, held_out)} held-out examples are copies of examples that were trained on,"
+        " so the figures show in part what was learnt by heart",
+        {"held_out": held_out, "copies": copies, "share": copies / held_out},
+        "take the doubles out of the file, or hold out a file of its own (--data.validation FILE)",
     )
 
 

@@ -318,10 +318,15 @@ def test_fp16_on_a_cpu_is_refused(folder: Path) -> None:
     [
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"device": "mps"}, "unknown device 'mps'; expected auto, cpu, cuda or cuda:N"),
+        ({"device": "meta"}, "unknown device 'meta'"),
+        ({"device": "cuda:-1"}, "unknown device 'cuda:-1'"),
         ({"device": "cuda:99"}, "sees . GPUs here"),
+        ({"device": "cuda:9999"}, "sees . GPUs here"),
+        ({"threads": 1000 * (os.cpu_count() or 1)}, r"this machine has \d+ cores"),
     ],
 )
-def test_machines_that_are_not_here(folder: Path, options: dict[str, str], message: str) -> None:
+def test_machines_that_are_not_here(folder: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(folder, **options)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from lorikeet.errors import ConfigError
 
 _USABLE = 0.95  # of a GPU's free memory: the rest is lost to fragments
+_CROWD = 4  # threads per core at most: beyond, they wait for each other for minutes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -42,9 +44,17 @@ def choose(*, device: str = "auto", dtype: str = "auto", threads: int | None = N
     """Resolve `auto` by what the machine has, and set the number of CPU threads if asked to.
 
     Raises:
-        ConfigError: the device is not there, or the dtype cannot be used on it.
+        ConfigError: the device is not there, the dtype cannot be used on it, or the threads are far
+            more than the cores.
     """
     if threads is not None:
+        cores = os.cpu_count() or 1
+        if threads > _CROWD * cores:
+            raise ConfigError(
+                f"model.threads is {threads}, and this machine has {cores} cores; more threads than"
+                f" cores only slow it down, and more than {_CROWD} a core are refused: give"
+                f" --model.threads {cores}, or leave it out"
+            )
         torch.set_num_threads(threads)
     where = _device(device)
     if dtype == "auto":
@@ -62,16 +72,15 @@ def choose(*, device: str = "auto", dtype: str = "auto", threads: int | None = N
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"unknown device {name!r}; expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    known = re.fullmatch(r"cpu|cuda(?::(?P<number>\d+))?", name)
+    if known is None:  # also what torch has a name for: mps, xpu, meta, ...
+        raise ConfigError(f"unknown device {name!r}; expected auto, cpu, cuda or cuda:N")
+    if name != "cpu" and int(known["number"] or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device {name} was asked for, but torch {torch.__version__} sees"
             f" {torch.cuda.device_count()} GPUs here; use --model.device cpu"
         )
-    return device
+    return torch.device(name)
 
 
 def _native_dtype(device: torch.device) -> tuple[torch.dtype, str]:

@@ -175,6 +175,8 @@ def test_an_adapter_for_another_model_is_an_error(tiny: Tiny, folder: Path) -> N
         ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq'"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
         ({"target_modules": None}, "target_modules is missing"),
+        ({"lora_alpha": None}, "lora_alpha is null"),
+        ({"r": None}, "r is null"),
         ({"r": 0}, "r: Input should be greater than or equal to 1 (found 0)"),
         ({"lora_alpha": -1, "bias": "all"}, "lora_alpha: Input should be greater than 0"),
         ({"bias": "some"}, "bias: Input should be 'none', 'all' or 'lora_only'"),

@@ -146,6 +146,12 @@ def _unsupported(raw: dict[str, Any]) -> Iterator[str]:
         return
     if raw.get("target_modules") is None:
         yield "target_modules is missing: it does not say which modules it adapts"
+    for key in ("r", "lora_alpha"):
+        if key in raw and raw[key] is None:  # PEFT fails on it; only a key left out is its default
+            yield (
+                f"{key} is null, so that nothing tells how large an update is; put in the number"
+                " that the adapter was trained with"
+            )
     if raw.get("init_lora_weights") not in _PLAIN_INITS:
         yield (
             f"init_lora_weights is {raw['init_lora_weights']!r}, which may have changed the base"

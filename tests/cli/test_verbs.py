@@ -126,6 +126,34 @@ def test_eval_says_if_the_adapter_has_seen_the_rows(
     assert bool(warned) == ("trained on" in said or "changes nothing" in said)
 
 
+def test_eval_says_if_a_model_has_seen_the_rows(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Full fine-tuning leaves no adapter that remembers; the run folder around the model does."""
+    argv = ["--model", starter.folder(), "--data", rows, "--out", tmp_path / "run"]
+    call(capsys, "train", *argv, "--method", "full", "--train.max_steps", 1)
+    model = tmp_path / "run" / "model"
+    for split, warned in (("all", True), ("validation", False)):
+        argv = ["eval", "--model", model, "--data", rows, "--split", split]
+        assert main([str(arg) for arg in argv]) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("the model was trained on these very rows" in said) == warned
+    model.rename(tmp_path / "elsewhere")
+    argv = ["eval", "--model", tmp_path / "elsewhere", "--data", rows]
+    assert main([str(arg) for arg in argv]) == 0
+    assert "trained on" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["all", "validation", "train"])
+def test_eval_says_if_some_of_the_rows_were_seen(
+    finished: Path, rows: Path, capsys: pytest.CaptureFixture[str], split: str
+) -> None:
+    argv = ["--adapter", finished, "--data", rows, "--data.limit", 30, "--split", split]
+    assert main(["eval", *map(str, argv)]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("was trained on other rows of the same data" in said) == (split != "train")
+
+
 def test_eval_of_a_split_that_holds_nothing_out(
     rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorikeet import console
 from lorikeet.cli.options import add_adapter, add_json, add_options, count, given, read_config
+from lorikeet.config import load_config
 from lorikeet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from lorikeet.config import RunConfig
     from lorikeet.data import Prepared
     from lorikeet.evaluate import Sample
+    from lorikeet.study.folder import RunFolder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,10 +48,11 @@ def run(args: argparse.Namespace) -> int:
     from lorikeet.evaluate import evaluate, paired_difference
     from lorikeet.lora import disabled
 
-    subject = load_subject(config, adapter_folder(args.adapter), allow_mismatch=args.allow_mismatch)
+    adapter = adapter_folder(args.adapter)
+    subject = load_subject(config, adapter, allow_mismatch=args.allow_mismatch)
     prepared = _prepare(subject, config, args.split)
-    if subject.adapter is not None:
-        _warn_of_rows_seen(subject.adapter.provenance, prepared, args.split)
+    if args.split != "train":
+        _warn_of_rows_seen(subject, adapter, prepared, config, held_out=args.split == "validation")
     examples = prepared.validation if args.split == "validation" else prepared.train
     base = subject.base
 
@@ -108,24 +112,61 @@ def _prepare(subject: Subject, config: RunConfig, split: str) -> Prepared:
     return prepared
 
 
-def _warn_of_rows_seen(trained: Mapping[str, Any], prepared: Prepared, split: str) -> None:
-    """Say it if the adapter was trained on the rows that it is about to be measured on."""
+def _warn_of_rows_seen(
+    subject: Subject, adapter: Path | None, prepared: Prepared, config: RunConfig, *, held_out: bool
+) -> None:
+    """Say it if the adapter, or the model, was trained on the rows that it is to be measured on."""
+    from lorikeet.study.folder import RunFolder
     from lorikeet.study.receipt import documents_sha256
 
-    if trained.get("data_sha256") != prepared.sha256:
+    what = "model" if adapter is None else "adapter"
+    folder = (adapter or Path(subject.base.path)).resolve()
+    run = RunFolder(folder.parent)  # if it is one
+    if subject.adapter is not None:
+        trained: Mapping[str, Any] = subject.adapter.provenance
+    else:
+        trained = _receipt(run) if folder == run.model else {}
+    if "data_sha256" not in trained:
         return
-    if split == "all":
+    if trained["data_sha256"] != prepared.sha256:
+        if folder in (run.adapter, run.model) and _same_data(run, config):
+            console.warn(
+                f"the {what} was trained on other rows of the same data (another --data.limit, or"
+                " the file has changed since), so it may have seen some of these; give that run's"
+                " options (its config.yaml has them) with --split validation to leave them out"
+            )
+        return
+    if not held_out:
         console.warn(
-            "the adapter was trained on these very rows, but for those that were held out: its"
+            f"the {what} was trained on these very rows, but for those that were held out: its"
             " figures show what was learnt by heart, too; --split validation leaves that out"
         )
+        return
     here = documents_sha256(prepared.validation)
-    if split == "validation" and trained.get("held_out_sha256", here) != here:
+    if trained.get("held_out_sha256", here) != here:
         console.warn(
-            "these are not the documents that were held out when the adapter was trained on this"
+            f"these are not the documents that were held out when the {what} was trained on this"
             " data, so it may have seen most of them; give that run's --seed, --data.validation"
             " and --data.max_length (its config.yaml has them)"
         )
+
+
+def _receipt(run: RunFolder) -> dict[str, Any]:
+    """What a run folder tells of how its model came about; empty if there is none."""
+    try:
+        found = json.loads(run.receipt.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _same_data(run: RunFolder, config: RunConfig) -> bool:
+    """Whether a run was trained on the data that the options name."""
+    try:
+        path = load_config(run.config).data.path
+    except ConfigError:
+        return False
+    return path == config.data.path or Path(path).resolve() == Path(config.data.path).resolve()
 
 
 def _row(name: str, score: Any) -> list[str]:

@@ -151,6 +151,25 @@ def test_other_bases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert shown.err.startswith("warning: ")
 
 
+@pytest.mark.parametrize(
+    ("weights", "warned"),
+    [((1, -1), True), ((0.1, 0.2, -0.3), True), ((1, -0.999), False), ((1, -1, 1), False)],
+)
+@pytest.mark.parametrize("flags", [(), ("--error", "0.01"), ("--rank", "1")])
+def test_a_sum_of_nothing_is_told(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    weights: tuple[float, ...],
+    warned: bool,
+    flags: tuple[str, ...],
+) -> None:
+    a = make(tmp_path / "a", 1)
+    argv = [*(f"{a}={weight}" for weight in weights), "--out", str(tmp_path / "out"), *flags]
+    assert main(["adapter", "combine", *argv]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("nothing is left of the updates" in said) == warned
+
+
 def test_normalize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, out = make(tmp_path / "a", 1), tmp_path / "out"
     found = json.loads(call(capsys, "normalize", a, "--out", out, "--json"))

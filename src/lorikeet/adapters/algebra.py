@@ -26,6 +26,7 @@ DENSITIES: Mapping[str, float] = {"ties": 0.2, "dare": 0.5}
 """What stays if nothing is said: of TIES the paper's 20 %, of DARE half."""
 
 _ROUNDING = 1e-12  # where rank-one terms cancel, float64 leaves less than this part of them
+_CANCELLED = 1e-6  # the same of factors that were rounded to float32
 _COMMON = ("tokenizer_hash", "template", "template_hash", "max_length")
 
 
@@ -116,10 +117,10 @@ def combine(
     limit = Limit(rank, error)
     problems = [*_misgiven(adapters, weights), *limit.problems(), *_misused(method, density)]
     problems += [*_misfits(adapters), *_with_new_tokens(adapters, weights)]
-    mismatches = list(_mismatches(adapters))
+    warnings = list(_mismatches(adapters))
     if not allow_mismatch:
         advice = " (--allow-mismatch makes this a warning)"
-        problems += [mismatch + advice for mismatch in mismatches]
+        problems += [mismatch + advice for mismatch in warnings]
     if problems:
         raise AdapterError("the adapters cannot be combined:", problems)
     kept = [(i, w, a) for i, (w, a) in enumerate(zip(weights, adapters, strict=True)) if w != 0]
@@ -150,7 +151,9 @@ def combine(
         tokens=next((a.tokens for _, _, a in kept if a.vocabulary), ()),
         vocabulary=next((a.vocabulary for _, _, a in kept if a.vocabulary), None),
     )
-    return Combined(adapter, errors, "; ".join(mismatches))
+    if not adapter.tokens and all(map(_vanishes, updates.values())):
+        warnings.append("nothing is left of the updates: the sum is zero in every module")
+    return Combined(adapter, errors, "; ".join(warnings))
 
 
 def scale(adapter: Adapter, factor: float) -> Adapter:
@@ -198,6 +201,14 @@ def dense_spectrum(matrix: Tensor) -> Spectrum:
     S, order = rows.norm(dim=1).sort(descending=True)
     V = rows[order] / S.clamp(min=torch.finfo(S.dtype).tiny)[:, None]
     return Spectrum(U[:, order], S, V)
+
+
+def _vanishes(update: Update) -> bool:
+    """Whether an update is zero but for float32's rounding; ‖B A‖² is a sum over r x r numbers."""
+    A, B = update.A.double(), update.B.double()
+    square = ((A @ A.t()) * (B.t() @ B)).sum().clamp_min(0)
+    terms = (A.norm(dim=1) * B.norm(dim=0)).sum()
+    return bool(square.sqrt() <= _CANCELLED * terms)
 
 
 def _rounded(tensor: Tensor) -> Tensor:

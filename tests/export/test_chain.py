@@ -398,6 +398,22 @@ def test_another_start_of_conversations(
 
 
 @needs_llama_cpp
+def test_an_answer_that_does_not_end(
+    adapted: Adapted, sound: tuple[Conversion, Path], tmp_path: Path
+) -> None:
+    """Because its token has a name that llama.cpp does not know, and no key says so."""
+    assert adapted.check(*sound).endless == ()
+    key = "tokenizer.ggml.tokens"
+    tokens = list(open_gguf(sound[1]).metadata[key].value)
+    tokens[2] = "<|done|>"
+    moved = {f"tokenizer.ggml.{name}_token_id": Field("u32", 0) for name in ("eos", "eot")}
+    bad = changed(sound[1], tmp_path / "x.gguf", metadata={key: Field("str", tokens), **moved})
+    found = adapted.check(sound[0], bad)
+    assert found.endless == ("<|im_end|>",)
+    assert "llama.cpp goes on after <|im_end|>" in found.problems()[0]
+
+
+@needs_llama_cpp
 def test_another_vocabulary(
     adapted: Adapted, sound: tuple[Conversion, Path], tmp_path: Path
 ) -> None:

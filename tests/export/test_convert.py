@@ -196,6 +196,25 @@ def test_a_head_in_the_files_of_a_model_that_says_it_is_tied(
     assert config["tie_word_embeddings"] is copy
 
 
+@needs_llama_cpp
+def test_every_token_that_ends_an_answer(bases: Bases, tmp_path: Path) -> None:
+    base, out = copied(bases("llama"), tmp_path / "base"), tmp_path / "x.gguf"
+    words = load_tokenizer(base)
+    own = words.eos_token_id
+    found: list[set[int]] = []
+    for more in ([], [300]):
+        file = base / "generation_config.json"
+        file.write_text(json.dumps({"eos_token_id": [own, *more]}), encoding="utf-8")
+        exported(base, "f32", out)
+        with LlamaCpp(out, context=16, threads=1) as llama:
+            found.append(set(llama.ending()))
+    assert own in found[0]
+    assert found[1] - found[0] == {300}
+    file.write_text(json.dumps({"eos_token_id": [300, 301]}), encoding="utf-8")
+    lacking = words.convert_ids_to_tokens(301)
+    assert f"llama.cpp goes on after {lacking}" in exported(base, "f32", out).notes[-1]
+
+
 def test_new_tokens_are_in_the_files_vocabulary(bases: Bases, tmp_path: Path) -> None:
     train(bases("llama"), tmp_path / "adapter", target_modules=["q_proj"], new_tokens=NEW)
     adapter, out = read_adapter(tmp_path / "adapter"), tmp_path / "x.gguf"

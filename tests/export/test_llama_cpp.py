@@ -102,6 +102,10 @@ def test_tokenize(llama: LlamaCpp) -> None:
     assert len(tokens("x y" * 5000)) == 15_000
 
 
+def test_tokens_that_end_an_answer(llama: LlamaCpp) -> None:
+    assert llama.ending() == [258]
+
+
 def test_what_does_not_fit_is_refused_before_llama_cpp_aborts(llama: LlamaCpp) -> None:
     with pytest.raises(
         ModelError, match="1025 tokens and 0 more do not fit into a context of 1024"

@@ -17,7 +17,7 @@ from lorikeet.cli.gguf_file import (
     require_sound,
     show,
 )
-from lorikeet.errors import ConfigError, ModelError
+from lorikeet.errors import ConfigError
 from lorikeet.files import atomic_folder, disk_errors
 
 _MODELFILE = "Modelfile"
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     with disk_errors(out):
         _check_place(out)
+    from lorikeet.export.chat import read_generation
     from lorikeet.export.modelfile import modelfile
 
     job = plan(args)
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         name,
         job.renderer,
         adds_bos=bool(adds_bos and adds_bos.value),
-        generation=_generation(job),
+        generation=read_generation(job.base),
     )
     with atomic_folder(out) as draft:
         made = make(args, job, draft / name)
@@ -101,17 +102,3 @@ def _unknown_template(job: Job) -> list[str]:
         f" {job.renderer.template.name}, which it was not trained with as far as is known;"
         " --data.template names another"
     ]
-
-
-def _generation(job: Job) -> dict[str, object]:
-    """The base's generation_config.json, if it has one."""
-    path = job.base / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path}: {error}") from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} must hold an object, found a {type(found).__name__}")
-    return found

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import Keys
 from torch import Tensor, nn
 
 from lorikeet.adapters.safe import TORCH
@@ -30,6 +31,7 @@ from lorikeet.export.verify import Material, Verification, Way, run_by, verify
 from lorikeet.gguf.blocks import decode, encode
 from lorikeet.gguf.read import GGUFFile, open_gguf
 from lorikeet.lora import disabled
+from lorikeet.lora.vocabulary import listed
 from lorikeet.model import model_of
 
 _NEW_TOKENS = 32
@@ -94,6 +96,7 @@ class Chain:
         spelling: how llama.cpp spells conversations; None without a llama.cpp.
         misplaced: tensors of the file that are not what they were made of, a sentence part each.
         reading: llama.cpp beside our own reading of the file; None without a llama.cpp.
+        endless: tokens that end an answer here and not in llama.cpp, by name.
     """
 
     reference: str
@@ -101,12 +104,15 @@ class Chain:
     spelling: Spelling | None
     misplaced: tuple[str, ...] = ()
     reading: Link | None = None
+    endless: tuple[str, ...] = ()
 
     def problems(self) -> list[str]:
         """Everything that is beyond its tolerance; empty if the file answers as it should."""
         links = [*self.links, *([self.reading] if self.reading else [])]
         found = [f"in the file {problem}" for problem in self.misplaced]
         found += [problem for link in links for problem in link.problems()]
+        if self.endless:
+            found.append(f"llama.cpp goes on after {listed(self.endless)}, which end answers here")
         return found + (self.spelling.problems() if self.spelling else [])
 
     def summary(self) -> dict[str, Any]:
@@ -128,6 +134,7 @@ class Chain:
             and {"kl_mean": self.reading.found.kl_mean, "kl_p99": self.reading.found.kl_p99},
             "spelling": spelling
             and {"conversations": spelling.conversations, "equal": spelling.equal},
+            "endless": list(self.endless),
             "problems": self.problems(),
         }
 
@@ -194,29 +201,32 @@ def check_chain(
     starting(_LLAMA_CPP)
     most = tolerance.plus(of_llama_cpp(conversion.kind))
     with in_file() as ours:
-        return _with_llama_cpp(chain, reference, ours, file, material, most, conversion.kind)
+        return _with_llama_cpp(chain, reference, ours, conversion, file, material, most)
 
 
 def _with_llama_cpp(
     chain: Chain,
     reference: Way,
     ours: Way,
+    conversion: Conversion,
     file: Path,
     material: Material,
     tolerance: Tolerance,
-    kind: str,
 ) -> Chain:
     """The chain with llama.cpp as its last link, compared with our reading of the file too."""
+    kind, names = conversion.kind, conversion.metadata[Keys.Tokenizer.LIST].value
     longest = max(map(len, [*(e.ids for e in material.examples), *material.prompts]))
     with LlamaCpp(file, context=longest + _NEW_TOKENS + _CONTEXT) as other:
         way = _llama_way(_LLAMA_CPP, other, material.stop_ids)
         found = verify(reference, way, material.examples, material.prompts)
         beside = verify(ours, way, material.examples)
         spelling = _spelling(other, material.texts)
+        endless = set(material.stop_ids) - set(other.ending())
     return replace(
         chain,
         links=(*chain.links, Link(_LLAMA_CPP, found, tolerance)),
         spelling=spelling,
+        endless=tuple(names[index] for index in sorted(endless) if index < len(names)),
         reading=Link("llama.cpp beside our own reading of the file", beside, of_reading(kind)),
     )
 

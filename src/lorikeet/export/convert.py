@@ -23,7 +23,7 @@ from lorikeet.adapters.checkpoint import blocks_of
 from lorikeet.adapters.fold import Fold
 from lorikeet.adapters.plan_rows import FLOATING
 from lorikeet.errors import AdapterError, ModelError
-from lorikeet.export.chat import Chat
+from lorikeet.export.chat import Chat, configured_ends, ending
 from lorikeet.export.importance import Importance
 from lorikeet.export.layout import Layout, Placed, lay_out
 from lorikeet.export.vocabulary import describe
@@ -100,8 +100,10 @@ class Conversion:
             Keys.General.QUANTIZATION_VERSION: Field("u32", _QUANTIZATION_VERSION),
             **words.metadata,
         }
+        ends, lacking = ending(metadata, configured_ends(model, fold.config))
+        metadata |= ends
         limits = (f"llama.cpp gives other tokens to {limit}" for limit in words.limits)
-        notes = (*layout.notes, *limits)
+        notes = (*layout.notes, *limits, *_without_end(lacking))
         plain = Conversion(kind, fold, layout, types, metadata, None, notes)
         return plain.refined(importance=importance, chat=chat)
 
@@ -111,14 +113,17 @@ class Conversion:
         Raises:
             ModelError: the calibration is another model's.
         """
-        types, metadata = self.types, dict(self.metadata)
+        types, metadata, notes = self.types, dict(self.metadata), self.notes
         if importance:
             _require_matches(importance, self.layout)
             types = _types(self.kind, self.layout, calibrated=True)
             metadata |= importance.metadata()
         if chat:
             metadata |= chat.metadata(metadata)
-        return replace(self, types=types, metadata=metadata, importance=importance)
+            ends, lacking = ending(metadata, chat.ends)
+            metadata |= ends
+            notes = tuple(dict.fromkeys([*notes, *_without_end(lacking)]))
+        return replace(self, types=types, metadata=metadata, importance=importance, notes=notes)
 
     def tensors(self) -> dict[str, Stored]:
         """Every tensor of the file, encoded when it is asked for."""
@@ -278,6 +283,16 @@ def _named(name: str) -> dict[str, Field]:
     if not name or re.search("phi-?3", name.lower()):
         return {}
     return {Keys.General.NAME: Field("str", name)}
+
+
+def _without_end(names: Sequence[str]) -> list[str]:
+    """A sentence if there are tokens that end answers here and not in llama.cpp."""
+    if not names:
+        return []
+    return [
+        f"llama.cpp goes on after {listed(names)}, which end answers here: a GGUF file has room for"
+        " three such tokens; name them as stop words where it runs"
+    ]
 
 
 def _require_matches(importance: Importance, layout: Layout) -> None:

@@ -182,6 +182,15 @@ class LlamaCpp:
         found: list[int] = self._ask({"text": text, **options})
         return found
 
+    def ending(self) -> list[int]:
+        """The tokens after which it writes nothing more: what the file names, and what it knows.
+
+        Raises:
+            ModelError: llama.cpp failed.
+        """
+        found: list[int] = self._ask({"ending": True})
+        return found
+
     def _check(self, documents: Sequence[Sequence[int]], *, more: int) -> None:
         """llama.cpp itself is not asked for what it answers with abort()."""
         for ids in documents:

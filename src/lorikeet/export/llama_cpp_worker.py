@@ -60,6 +60,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_init_from_model": (_POINTER, [_POINTER, _Parameters]),
     "llama_model_get_vocab": (_POINTER, [_POINTER]),
     "llama_vocab_n_tokens": (ctypes.c_int32, [_POINTER]),
+    "llama_vocab_is_eog": (ctypes.c_bool, [_POINTER, ctypes.c_int32]),
     "llama_set_n_threads": (None, [_POINTER, ctypes.c_int32, ctypes.c_int32]),
     "llama_adapter_lora_init": (_POINTER, [_POINTER, _TEXT]),
     "llama_get_memory": (_POINTER, [_POINTER]),
@@ -204,6 +205,10 @@ class Engine:
                 raise Refused(f"cannot tokenize {len(data)} bytes")
             room = -count
 
+    def ending(self) -> list[int]:
+        """The tokens that end an answer."""
+        return [i for i in range(self.width) if self.lib.llama_vocab_is_eog(self.vocabulary, i)]
+
 
 def _load_library(path: str) -> Any:
     try:
@@ -248,6 +253,8 @@ def _answer(engine: Engine, request: dict[str, Any], out: IO[bytes]) -> object:
         return None
     if "prompt" in request:
         return engine.continuation(request["prompt"], request["most"], set(request["stops"]))
+    if "ending" in request:
+        return engine.ending()
     return engine.tokenize(request["text"], request["add_special"], request["parse_special"])
 
 

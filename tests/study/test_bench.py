@@ -74,6 +74,17 @@ def test_fewer_rows_are_the_first_ones_and_held_out_are_the_same(
     assert many.test is not None
     assert (few.test.tokens_per_document == many.test.tokens_per_document).all()
     assert bench.loads == {"base": 1, "data": 1}
+    more = bench.do(_planned(config, "more", data__limit=200))
+    assert "data.limit 200 is more than the 80 rows that there are" in (more.error or "")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_trial_with_no_row_to_train_on(tmp_path: Path, small: Small, seed: int) -> None:
+    """Its one row is held out, or it is not."""
+    bench = _bench(tmp_path, small(data__limit=4, data__validation=0.5, train__seed=seed))
+    first_is_held_out = 0 not in bench._shared.units_train
+    trial = bench.do(_planned(bench.protocol.config, data__limit=1, train__max_steps=1))
+    assert ("none of the first 1 rows" in (trial.error or "")) == first_is_held_out
 
 
 def test_a_comparison_chooses_on_other_rows_than_it_reports(tmp_path: Path, small: Small) -> None:

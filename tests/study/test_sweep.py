@@ -218,6 +218,8 @@ def test_what_no_trial_can_do_without_is_an_error_of_the_sweep(
     path.write_text(json.dumps(tree), encoding="utf-8")
     with pytest.raises(InputError, match="no model folder"):
         run_sweep(read_sweep(path), tmp_path / "out", hire=partial(gather, workers=workers))
+    other = read_sweep(sweep_yaml({"lora.r": [3]}, train__max_steps=1))
+    assert run_sweep(other, tmp_path / "out").failed == []  # the folder was not taken
 
 
 def test_nobody_is_no_crew(tmp_path: Path, sweep_yaml: SweepYaml) -> None:

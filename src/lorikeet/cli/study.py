@@ -95,6 +95,7 @@ def show(study: Study, out: Path, *, as_json: bool) -> int:
         TrainingError: every trial failed.
     """
     from lorikeet.study.report import console_table, write_report
+    from lorikeet.study.wording import count
 
     write_report(study, out)
     if as_json:
@@ -108,5 +109,5 @@ def show(study: Study, out: Path, *, as_json: bool) -> int:
     if failed and not study.groups:
         raise TrainingError("every trial failed:", [f"{t.name}: {t.error}" for t in failed])
     if failed:
-        console.warn(f"{len(failed)} trials failed; the report tells why")
+        console.warn(f"{count(len(failed), 'trial')} failed; the report tells why")
     return 0

@@ -142,6 +142,7 @@ class Bench:
             validation=self._shared.validation,
             rows_validation=self._shared.rows_validation,
         )
+        _check_rows(planned, data)
         before = self._view(base)
         with _lent(base, method=config.train.method) as kept:
             counted = forget_peak_memory(base.machine.device)
@@ -215,6 +216,26 @@ class Bench:
         if seen is not None and examples is self.held_out.validation:
             return seen.score
         return score(base, examples, max_tokens=self.protocol.config.train.max_tokens)
+
+
+def _check_rows(planned: Planned, data: Prepared) -> None:
+    """Refuse a trial that its number of rows would misname, or leave with nothing to do.
+
+    Raises:
+        ConfigError: there are fewer rows than it is called by, or none of them is to train on.
+    """
+    rows = planned.config.data.limit
+    if "data.limit" in planned.settings and rows is not None and rows > data.units:
+        raise ConfigError(
+            f"data.limit {rows:,} is more than the {data.units:,} rows that there are, so the trial"
+            " would be that of all rows under another name; give a number up to that, or null for"
+            " all"
+        )
+    if not data.train:
+        raise ConfigError(
+            f"none of the first {data.units:,} rows is to train on: they are held out, or have"
+            " nothing to learn; give a higher data.limit"
+        )
 
 
 @contextmanager

@@ -158,7 +158,7 @@ class Processes:
 
     def _start(self) -> _Worker:
         self._started += 1
-        log = self.folder.path / "logs" / f"worker-{self._started}.log"
+        log = self.folder.logs / f"worker-{self._started}.log"
         threads = max(1, torch.get_num_threads() // self.workers)
         return _Worker(self.protocol, self.folder, log, threads)
 

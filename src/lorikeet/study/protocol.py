@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorikeet.config import RunConfig
-from lorikeet.errors import ConfigError
+from lorikeet.errors import ConfigError, InputError
 from lorikeet.files import only_here, remove_drafts, write_json, write_text
 from lorikeet.study.record import Question, Trial
 
@@ -68,6 +69,7 @@ class StudyFolder:
         self.inputs = self.path / "inputs.json"
         self.runs = self.path / "runs"
         self.trials = self.path / "trials"
+        self.logs = self.path / "logs"
         self.metrics = self.path / "metrics.json"
 
     @contextmanager
@@ -85,7 +87,13 @@ class StudyFolder:
             raise ConfigError(f"--out {self.path} is a file; give a folder")
         with only_here(self.path):
             self._claim(plan)
-            yield
+            try:
+                yield
+            except InputError:
+                if not self.inputs.is_file():  # nothing was begun, so another study can be tried
+                    self.plan.unlink(missing_ok=True)
+                    shutil.rmtree(self.logs, ignore_errors=True)
+                raise
 
     def _claim(self, plan: str) -> None:
         if self.plan.is_file():

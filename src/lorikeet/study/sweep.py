@@ -54,7 +54,7 @@ def run_sweep(
         config=sweep.config.model_dump(),
         receipt={**stood_on, **surroundings(), "loads": loads},
         other_name=Path(other).name if other else "",
-        notes=[*_notes(sweep), *map(sentence, warnings)],
+        notes=[*_notes(sweep, rows=stood_on["rows"]), *map(sentence, warnings)],
     )
 
 
@@ -75,14 +75,14 @@ def _values(source: Sequence[Choice] | Range) -> Any:
     return [{"value": choice.value, **choice.followers} for choice in source]
 
 
-def _notes(sweep: Sweep) -> list[str]:
+def _notes(sweep: Sweep, *, rows: int) -> list[str]:
     """What the reader of the results should know of how they came about."""
     config, varied = sweep.config, sweep.varied
     notes = []
     if "data.limit" in varied:
         notes.append(
             f"The held-out rows are the same for every number of rows: those held out of"
-            f" {config.data.limit or 'all'} rows."
+            f" {rows:,} rows."
         )
     ranks = varied.get("lora.r", ())
     follows = not isinstance(ranks, Range) and any(choice.followers for choice in ranks)

@@ -130,7 +130,7 @@ def learning_rates(study: Study) -> Table:
 def last_line(trial: Trial) -> str:
     """The line of a trial's error that says what went wrong."""
     lines = [line for line in (trial.error or "").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "no message"
+    return lines[-1].strip().removeprefix("- ") if lines else "no message"
 
 
 def _setting(outcome: Outcome, option: str) -> Cell:

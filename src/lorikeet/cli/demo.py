@@ -81,6 +81,8 @@ def _config(style: str, out: Path) -> RunConfig:
         overrides={
             "model.path": str(starter.folder()),
             "data.path": str(starter.data(style)),
+            # Not a share of the same file, whose rows come more than once.
+            "data.validation": str(starter.data(f"{style}-test")),
             "lora.r": 16,
             "lora.alpha": 32,
             "train.learning_rate": 3e-3,

@@ -255,16 +255,31 @@ def test_examples_longer_than_the_context_are_told(
     assert "this model was made for" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_damaged_base_is_told_before_training(
-    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("verb", ["train", "eval"])
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (torch.nan, "are not finite: damaged, so get the file anew"),
+        (3e38, "too large for --model.dtype fp32"),  # finite, and its products are not
+    ],
+)
+def test_a_damaged_base_is_told_before_anything_is_written(
+    rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    verb: str,
+    value: float,
+    told: str,
 ) -> None:
     base = shutil.copytree(starter.folder(), tmp_path / "base")
     state = load_file(base / "model.safetensors")
-    state["model.norm.weight"] = torch.full_like(state["model.norm.weight"], torch.nan)
+    state["model.norm.weight"] = torch.full_like(state["model.norm.weight"], value)
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
-    argv = ["train", "--model", base, "--data", rows, "--out", tmp_path / "out"]
+    argv = [verb, "--model", base, "--data", rows, "--model.dtype", "fp32"]
+    argv += ["--out", tmp_path / "out"] if verb == "train" else []
     assert main([str(arg) for arg in argv]) == 2
-    assert "is nan before any training" in " ".join(capsys.readouterr().err.split())
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_resume_with_damaged_hashes_is_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lorikeet import console
 from lorikeet.cli.options import add_adapter, add_json, add_options, count, given, read_config
 from lorikeet.config import load_config
-from lorikeet.errors import ConfigError
+from lorikeet.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from lorikeet.cli.subject import Subject
@@ -56,21 +57,27 @@ def run(args: argparse.Namespace) -> int:
     examples = prepared.validation if args.split == "validation" else prepared.train
     base = subject.base
 
-    def measure() -> Any:
-        return evaluate(
+    def measure(what: str) -> Any:
+        score = evaluate(
             base.model,
             examples,
             max_tokens=config.train.max_tokens,
             packing=base.packing,
             nll=base.nll,
         )
+        if not math.isfinite(score.nll):
+            raise ModelError(
+                f"the loss of the {what} on these rows is {score.nll}: weights are damaged, or too"
+                f" large for --model.dtype {base.machine.dtype_name}"
+            )
+        return score
 
-    score = measure()
+    score = measure("model" if subject.adapter is None else "adapter")
     found: dict[str, Any] = {"model": base.path, "adapter": args.adapter, **score.summary()}
     rows = [_row("model" if subject.adapter is None else "adapter", score)]
     if subject.adapter is not None:
         with disabled(base.model):
-            alone = measure()
+            alone = measure("base")
         difference = paired_difference(score, alone)
         found |= {"base": alone.summary(), "difference": difference.summary()}
         rows.insert(0, _row("base", alone))

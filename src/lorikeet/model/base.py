@@ -89,7 +89,8 @@ def load_model(
         trust_remote_code: run Python code that the repository ships.
 
     Raises:
-        ModelError: no such folder, no weights, weights that do not fit, no tokenizer.
+        ModelError: no such folder, no weights, weights that do not fit or are not finite, no
+            tokenizer.
         ConfigError: the device or dtype is not to be had here.
     """
     source = str(path)
@@ -117,6 +118,7 @@ def load_model(
             **options,
         )
     _check_loading(source, report)
+    _check_finite(source, model, machine)
     return _ready(model, tokenizer, source, machine, fast)
 
 
@@ -349,3 +351,22 @@ def _check_loading(source: str, report: dict[str, Any]) -> None:
     ]
     if problems:
         raise ModelError(f"the weights in {source} do not fit its config.json:", problems)
+
+
+def _check_finite(source: str, model: nn.Module, machine: Machine) -> None:
+    """Weights that are no numbers would make every loss one of them: refuse them.
+
+    A sum reads a tensor at the speed of memory, and only one that is not finite is looked through:
+    in fp16 that of finite weights may be infinite.
+    """
+    broken = [
+        name
+        for name, weight in model.named_parameters()
+        if not weight.detach().sum().isfinite() and not weight.isfinite().all()
+    ]
+    if broken:
+        raise ModelError(
+            f"weights in {source} are not finite: damaged, so get the file anew, or too large for"
+            f" --model.dtype {machine.dtype_name}:",
+            [*broken[:10], *(["..."] if len(broken) > 10 else [])],
+        )

@@ -67,21 +67,30 @@ class RunFolder:
                 f"{self.path} is not empty and holds no run of Lorikeet; choose another --out"
             )
 
+    def check_inputs(self, inputs: dict[str, str | None]) -> None:
+        """Refuse a resume on other data or weights than the run was started with.
+
+        Args:
+            inputs: what the options cannot tell: hashes of the data and of the base's weights.
+
+        Raises:
+            ConfigError: they differ from those of the folder.
+        """
+        if self.inputs.is_file():
+            _same_inputs(_read_inputs(self.inputs), inputs, self.path)
+
     def claim(self, config: RunConfig, inputs: dict[str, str | None]) -> None:
         """Make the folder and write the configuration; drop what a killed run left half-written.
 
         Args:
             config: the options of the run.
-            inputs: what the options cannot tell: hashes of the data and of the base's weights.
+            inputs: as in `check_inputs`.
 
         Raises:
-            ConfigError: a resume finds other data or weights than the run was started with.
             StorageError: the disk refused.
         """
         if self.path.is_dir():
             remove_drafts(self.path)
-        if self.inputs.is_file():
-            _same_inputs(_read_inputs(self.inputs), inputs, self.path)
         write_text(self.config, config.to_yaml())  # first: it is what marks the folder as a run
         write_json(self.inputs, inputs)
 

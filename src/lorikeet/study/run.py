@@ -134,8 +134,8 @@ def run_on(
             " lower --train.warmup"
         )
     announce(_announcement(base, prepared, parameters, setup, config))
-    folder.claim(config, identify(base, prepared))
-
+    inputs = identify(base, prepared)
+    folder.check_inputs(inputs)
     before = before or look(base, prepared, renderer, max_tokens=setup.steps.max_tokens)
     if before.score and not math.isfinite(before.score.nll):
         raise ModelError(
@@ -143,6 +143,7 @@ def run_on(
             " training: its weights are damaged, or too large for --model.dtype"
             f" {base.machine.dtype_name}"
         )
+    folder.claim(config, inputs)
     seen = _seen(prepared, setup)
     seen_before = score(base, seen, max_tokens=setup.steps.max_tokens)
     validate = _validator(base, prepared, setup)

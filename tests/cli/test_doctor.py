@@ -17,7 +17,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     for name, rate, epochs in (("good", "3e-3", 2), ("low", "1e-7", 0.4)):
         argv = ["train", "--model", starter.folder(), "--data", starter.data("json")]
-        argv += ["--out", folder / "runs" / name, "--data.limit", 300, "--model.threads", 1]
+        argv += ["--data.validation", starter.data("json-test"), "--data.limit", 300]
+        argv += ["--out", folder / "runs" / name, "--model.threads", 1]
         argv += ["--train.epochs", epochs, "--train.learning_rate", rate]
         assert main([str(word) for word in argv]) == 0
     return folder

@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 
-from lorikeet import starter
 from lorikeet.errors import ConfigError
 from lorikeet.study.doctor import diagnose, examine_folder, read_facts
 
 Found = Callable[[Path], dict[str, Any]]
 HEALTHY: dict[str, dict[str, Any]] = {
-    "pirate": {"data__path": str(starter.data("pirate")), "lora__alpha": 32},
+    "pirate": {"data__path": "pirate", "lora__alpha": 32},
     "json r 4": {"lora__r": 4, "lora__alpha": 8, "train__eval_every": 25},
     "pirate, all weights": {
-        "data__path": str(starter.data("pirate")),
+        "data__path": "pirate",
         "train__method": "full",
         "train__learning_rate": 5e-4,
     },
@@ -28,8 +27,9 @@ HEALTHY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", HEALTHY)
-def test_a_healthy_run(name: str, train: Callable[..., Path]) -> None:
+def test_a_healthy_run(name: str, train: Callable[..., Path], distinct: dict[str, str]) -> None:
     options = {"data__limit": 450, "train__batch_size": 16, "train__epochs": 2, **HEALTHY[name]}
+    options["data__path"] = distinct[options.get("data__path", "json")]
     run = train(**options)
     assert [finding.message for finding in diagnose(read_facts(run))] == []
     (diagnosis,) = examine_folder(run)

@@ -138,6 +138,16 @@ def test_what_is_cheapest() -> None:
     (found,) = of(replace(study, trials=slow), "seconds")
     assert found.text == "Fewest seconds in steps: lora, 100; full takes 2.00 times as much."
     assert found.measured
+    # A clock that differs as much between seeds tells no method from the other.
+    noisy = [
+        replace(t, cost=replace(t.cost, seconds=100.0 + 40 * t.seed + 3 * (t.method == "full")))
+        if t.cost
+        else t
+        for t in study.trials
+    ]
+    (found,) = of(replace(study, trials=noisy), "seconds")
+    assert found.text == "Fewest seconds in steps: lora, 140; not told from that: full."
+    assert found.figures["not_told_from_least"] == ["full"]
     assert of(replace(study, trials=[replace(t, cost=None) for t in study.trials]), "seconds") == []
 
 

@@ -21,14 +21,19 @@ class _Cost:
     least: str
     of: Callable[[Group], float | None]
     shown: Callable[[float], str]
-    measured: bool
+    ends: Callable[[Group], tuple[float, float] | None] | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether it differs from one time to the next: then seeds have least and most of it."""
+        return self.ends is not None
 
 
 _COSTS = (
-    _Cost("parameters", "Fewest trained parameters", of.trainable, "{:,.0f}".format, False),
-    _Cost("size", "Least to save", of.saved, figures.size, False),
-    _Cost("seconds", "Fewest seconds in steps", of.seconds, figures.three_digits, True),
-    _Cost("memory", "Lowest peak of memory", of.memory, figures.size, True),
+    _Cost("parameters", "Fewest trained parameters", of.trainable, "{:,.0f}".format),
+    _Cost("size", "Least to save", of.saved, figures.size),
+    _Cost("seconds", "Fewest seconds in steps", of.seconds, figures.three_digits, of.seconds_ends),
+    _Cost("memory", "Lowest peak of memory", of.memory, figures.size, of.memory_ends),
 )
 
 
@@ -43,22 +48,48 @@ def cheapest(study: Study) -> Iterator[Finding]:
             continue
         found = {group.label: value for group in groups if (value := cost.of(group))}
         if len(found) > 1 and min(found.values()) < max(found.values()):
-            yield _finding(cost, found)
+            yield _finding(cost, found, _level(cost, found, groups))
     yield from _per_second(study, groups)
 
 
-def _finding(cost: _Cost, found: dict[str, float]) -> Finding:
+def _level(cost: _Cost, found: dict[str, float], groups: Sequence[Group]) -> set[str]:
+    """Groups that cannot be told from the least: some of its seeds took as much as some of theirs,
+    or both are the same in the digits that are shown.
+    """
+    if cost.ends is None:
+        return set()
+    ends = {g.label: reach for g in groups if g.label in found and (reach := cost.ends(g))}
+    first = min(found, key=lambda name: (found[name], name))
+    return {
+        name
+        for name, (low, _) in ends.items()
+        if found[name] > found[first]
+        and (low <= ends[first][1] or figures.three_digits(found[name] / found[first]) == "1.00")
+    }
+
+
+def _finding(cost: _Cost, found: dict[str, float], level: set[str]) -> Finding:
     names = sorted(found, key=lambda name: (found[name], name))
     least = found[names[0]]
     as_little = [name for name in names if found[name] == least]
-    more = names[len(as_little) :] if len(names) <= _ALL else names[-1:]
+    more = [name for name in names if found[name] > least and name not in level]
+    parts = [f"{cost.least}: {_few(as_little)}, {cost.shown(least)}"]
+    if level:
+        parts.append(f"not told from that: {_few([name for name in names if name in level])}")
     ratios = [
-        f"{name} takes {figures.three_digits(found[name] / least)} times as much" for name in more
+        f"{name} takes {figures.three_digits(found[name] / least)} times as much"
+        for name in (more if len(names) <= _ALL else more[-1:])
     ]
+    parts += [listed(ratios)] if ratios else []
     return Finding(
         cost.topic,
-        f"{cost.least}: {_few(as_little)}, {cost.shown(least)}; {listed(ratios)}.",
-        {"least": names[0], "by_group": found, "ratios": {n: v / least for n, v in found.items()}},
+        f"{'; '.join(parts)}.",
+        {
+            "least": names[0],
+            "by_group": found,
+            "ratios": {n: v / least for n, v in found.items()},
+            "not_told_from_least": sorted(level),
+        },
         cost.measured,
     )
 

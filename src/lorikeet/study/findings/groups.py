@@ -83,6 +83,18 @@ def memory(group: Group) -> float | None:
     return median(found) if found else None
 
 
+def seconds_ends(group: Group) -> tuple[float, float] | None:
+    """Least and most of the seconds in steps over seeds; None if nobody measured."""
+    found = [trial.cost.seconds for trial in group.trials if trial.cost and trial.cost.seconds]
+    return (min(found), max(found)) if found else None
+
+
+def memory_ends(group: Group) -> tuple[float, float] | None:
+    """Least and most of the peak of memory over seeds; None if the system does not tell."""
+    found = [t.cost.peak_memory for t in group.trials if t.cost and t.cost.peak_memory]
+    return (min(found), max(found)) if found else None
+
+
 def saved(group: Group) -> float | None:
     """Bytes of what is saved, the median over seeds; None if nothing is."""
     return median(trial.saved_bytes for trial in group.trials) or None

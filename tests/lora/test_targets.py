@@ -16,6 +16,7 @@ from transformers import (
 from lorikeet.config import LoraConfig
 from lorikeet.errors import AdapterError
 from lorikeet.lora import find_targets, inject, out_of_reach
+from lorikeet.lora.targets import layer_kind
 
 Build = Callable[..., LlamaForCausalLM]
 BLOCK = [
@@ -174,6 +175,56 @@ def test_a_subclass_with_its_own_forward_is_refused() -> None:
             self.positions = Shifted(4, 2)
 
     assert "positions is of class Shifted" in problems(Model(), target_modules=["positions"])
+
+
+class Product(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(2 * x)
+
+
+class Noisy(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + torch.randn_like(x) if self.training else x)
+
+
+class Rounding(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight.round(decimals=2), self.bias)
+
+
+class Routing(nn.Linear):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return super().forward(x), x
+
+
+class Scaled(nn.Linear):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_buffer("factor", torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.factor
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_subclass_that_computes_the_same_is_a_linear_layer(bias: bool, device: str) -> None:
+    layer = Product(4, 6, bias=bias, device=device)
+    weight, state = layer.weight, torch.get_rng_state()
+    assert layer_kind(layer) == "linear"
+    assert layer.weight is weight and layer.in_features == 4 and layer.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("cls", [Doubled, Noisy, Rounding, Routing, Scaled])
+def test_a_subclass_that_computes_something_else_is_not(cls: type[nn.Linear]) -> None:
+    assert layer_kind(cls(4, 6).eval()) is None
 
 
 def test_an_adapted_model_shows_its_bases(llama: Build) -> None:

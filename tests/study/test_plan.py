@@ -120,6 +120,7 @@ CONFIGS: dict[str, transformers.PretrainedConfig] = {
         **_GPT_NEO, attention_types=[[["global", "local"], 1]]
     ),
     "alibi": transformers.MptConfig(**_MPT),
+    "linear layers of its own": transformers.FalconConfig(**_SIZES),
     "no attention": transformers.MambaConfig(**_MAMBA),
     "experts": transformers.MixtralConfig(**_GROUPED, num_local_experts=4),
     "angles by length": transformers.LlamaConfig(**_GROUPED, rope_parameters=_SCALED),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import re
@@ -9,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lorikeet.config import LoraConfig
@@ -195,7 +198,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 def layer_kind(module: nn.Module) -> Kind | None:
     """What a module can be wrapped as; a subclass that computes something else is not taken."""
     forward = type(module).forward
-    if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
+    if isinstance(module, nn.Linear) and (forward is nn.Linear.forward or _computes_linear(module)):
         return "linear"
     if _is_conv1d(module):
         return "conv1d"
@@ -203,6 +206,31 @@ def layer_kind(module: nn.Module) -> Kind | None:
     if isinstance(module, nn.Embedding) and (forward is nn.Embedding.forward or scaled):
         return "embedding"
     return None
+
+
+def _computes_linear(module: nn.Linear) -> bool:
+    """Whether a subclass with a forward pass of its own (Falcon's) gives x Wᵀ + b all the same.
+
+    It is tried with small weights in the place of its own, which may be on the meta device. One
+    that keeps more than a weight and a bias (scales, other modules) is not tried: it uses them.
+    """
+    held = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
+    if not {*held, *module._modules} <= {"weight", "bias"}:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(s, generator=generator) for s in ((2, 3, 5), (7, 5), (7,)))
+    own = {"weight": weight, "bias": bias if "bias" in held else None}
+    trial = copy.copy(module)
+    trial.__dict__ |= {"_parameters": own, "in_features": 5, "out_features": 7}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for training in (True, False):
+                trial.training = training
+                found = type(module).forward(trial, x)
+                torch.testing.assert_close(found, F.linear(x, weight, own["bias"]))
+    except Exception:  # whatever it raises, it is no plain product
+        return False
+    return True
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -103,7 +103,15 @@ def child(arguments: Sequence[str], log: Path, fate: Fate | None) -> None:
         os.dup2(pipe.stdin.fileno(), stream)
     if fate:
         sys.addaudithook(_watch(fate))
-    sys.exit(main(arguments))
+    code = main(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    pipe.stdin.close()
+    pipe.wait()  # whoever reads the log finds all of it
+    sys.exit(code)
 
 
 def _watch(fate: Fate) -> Callable[[str, tuple[Any, ...]], None]:

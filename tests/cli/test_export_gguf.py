@@ -419,6 +419,23 @@ def test_nothing_but_a_gguf_file_is_replaced(
     assert call(capsys, *argv)[0] == 0
 
 
+@pytest.mark.parametrize("more", [[], ["--adapter-only"]])
+def test_an_adapter_that_changes_nothing(
+    more: list[str], adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it is before its first step; told without a model that runs, too."""
+    folder, file = tmp_path / "a", "adapter_model.safetensors"
+    shutil.copytree(adapter / "adapter", folder)
+    factors = load_file(folder / file)
+    still = {key: t * 0 if "lora_B" in key else t for key, t in factors.items()}
+    save_file(still, folder / file)
+    out = tmp_path / "x.gguf"
+    code, _, said = call(capsys, "--adapter", folder, "--type", "f16", "--out", out, *more)
+    assert code == 2
+    assert "the adapter changes nothing" in said
+    assert not out.exists()
+
+
 def test_a_name_that_the_system_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, said = call(capsys, "--model", starter.folder(), "--out", tmp_path / ("x" * 300))
     assert code == 2

@@ -294,6 +294,21 @@ def refusal(tokenizer: Any, *, rows: int = 5000) -> str:
     return str(caught.value)
 
 
+@pytest.mark.skipif(find() is None, reason="needs xllamacpp or llama-cpp-python")
+def test_added_tokens_that_overlap_are_named(small: Any, tmp_path: Path) -> None:
+    """What is told is what llama.cpp does; runs of one character, as Gemma has them, are fine."""
+    small.add_tokens([AddedToken(text) for text in ("\n\n", "\n\n\n", "<t>", "<t>1", "some wo")])
+    assert describe(small, rows=len(small)).limits == ()
+    small.add_tokens([AddedToken("words and")])
+    small.add_tokens([AddedToken("<t>12 and", special=True)], special_tokens=True)
+    found = describe(small, rows=len(small))
+    assert [limit for limit in found.limits if "'some wo' and 'words and' overlap:" in limit]
+    assert len(found.limits) == 1
+    text = ["\n\n\n\n\n", "<t>1<t>12 and<t>", "some wo", "words and", "some words and"]
+    with in_llama_cpp(tmp_path / "v.gguf", found.metadata) as llama:
+        assert differing(small, llama, text) == ["some words and"]
+
+
 def test_a_way_to_split_that_is_not_known_is_refused_and_shown() -> None:
     near = at(pretokenizer.QWEN2.replace(r"\p{N}|", r"\p{N}{1,2}|"))
     text = refusal(byte_level(["a b c"], near))

@@ -57,8 +57,14 @@ def check_base(base: Path, adapter: Adapter, config: RunConfig, *, allow: bool) 
     """Compare the base's weights with those that the adapter was trained on, if it says which.
 
     Raises:
-        AdapterError: they are others, and that was not allowed.
+        AdapterError: they are others, and that was not allowed; or the adapter changes nothing,
+            which where a model is loaded its logits tell.
     """
+    if _changes_nothing(adapter):
+        raise AdapterError(
+            "the adapter changes nothing: every update of it is zero (was it trained at all? is its"
+            " scale zero?)"
+        )
     from lorikeet.adapters import mismatches
 
     if not adapter.provenance.get("base_fingerprint"):
@@ -78,6 +84,15 @@ def check_base(base: Path, adapter: Adapter, config: RunConfig, *, allow: bool) 
         )
     for difference in differences:
         console.warn(f"the adapter: {difference}")
+
+
+def _changes_nothing(adapter: Adapter) -> bool:
+    if adapter.whole or adapter.tokens or adapter.vocabulary:
+        return False
+    return all(
+        own.magnitude is None and not (own.scale and own.A.any() and own.B.any())
+        for own in adapter.updates.values()
+    )
 
 
 def _fingerprint(base: Path, *, trust_remote_code: bool) -> str | None:

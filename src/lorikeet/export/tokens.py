@@ -82,6 +82,35 @@ def list_tokens(
     return Tokens(named, types)
 
 
+def overlapping(spec: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Pairs of added tokens, the end of one the beginning of the other, of which llama.cpp finds
+    the second where the tokenizer finds the first.
+
+    A tokenizer looks for them from the left, of those that begin at one place for the longest, and
+    for those that see normalized text only in what is left of it; llama.cpp looks for the longest
+    of all first, wherever it is.
+
+    Args:
+        spec: a tokenizer.json.
+    """
+    own = [t for t in spec["added_tokens"] if t["content"] not in space_tokens(spec)]
+    later = {token["content"]: bool(token.get("normalized")) for token in own}
+    begins: dict[str, list[str]] = {}
+    for text in later:
+        for cut in range(1, len(text)):
+            begins.setdefault(text[:cut], []).append(text)
+    found = []
+    for first in later:
+        for cut in range(1, len(first)):
+            for second in begins.get(first[cut:], ()):
+                both = first[:cut] + second
+                longer = len(second.encode()) >= len(first.encode())
+                from_left = later[first] <= later[second]
+                if longer and from_left and not both.startswith(second):
+                    found.append((first, second))
+    return list(dict.fromkeys(found))
+
+
 def _text_problems(texts: list[str]) -> list[str]:
     """What llama.cpp would stop at: equal texts, and texts that end before they begin."""
     found, seen = [], dict[str, int]()

@@ -21,7 +21,7 @@ from lorikeet.data.tokenizer import special_tokens
 from lorikeet.errors import ModelError
 from lorikeet.export.pieces import LEADING, LITERAL, SPACE, merge_scores, space_tokens, spelling
 from lorikeet.export.pretokenizer import identify
-from lorikeet.export.tokens import BYTE, list_tokens
+from lorikeet.export.tokens import BYTE, list_tokens, overlapping
 from lorikeet.gguf.metadata import Field
 
 _KEYS = gguf.Keys.Tokenizer
@@ -288,4 +288,11 @@ def _added_limits(spec: Mapping[str, Any]) -> list[str]:
         if names:
             shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
             found.append(f"text around {shown}: here they {does}, in llama.cpp not")
+    if pairs := overlapping(spec):
+        first, second = pairs[0]
+        more = f" and {len(pairs) - 1} pairs more" if len(pairs) > 1 else ""
+        found.append(
+            f"text where {first!r} and {second!r} overlap{more}: here the one that begins first is"
+            " found, in llama.cpp the longer one"
+        )
     return found

@@ -196,11 +196,17 @@ class TrainConfig(_Section):
         description="multiply the frozen weights in int8 while training (CPUs with VNNI): faster,"
         " at a small loss of precision; evaluation always takes the weights as they are",
     )
-    eval_every: int | None = Field(None, ge=1, description="steps between evaluations")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints")
+    eval_every: int | None = Field(
+        None, ge=1, description="steps between evaluations; only before and after if not given"
+    )
+    save_every: int | None = Field(
+        None, ge=1, description="steps between checkpoints; only after the last step if not given"
+    )
     keep_last: int = Field(2, ge=1, description="checkpoints kept")
     patience: int | None = Field(
-        None, ge=1, description="stop after this many evaluations without improvement"
+        None,
+        ge=1,
+        description="stop after this many evaluations without improvement, and keep the best",
     )
     tensorboard: bool = Field(False, description="also write TensorBoard event files")
 
@@ -217,7 +223,7 @@ class RunConfig(_Section):
     lora: LoraConfig = Field(default_factory=LoraConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
-    out: str | None = Field(None, description="run folder")
+    out: str | None = Field(None, description="folder that the run or the study is written into")
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:

@@ -17,12 +17,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="a prompt (may be repeated); - for stdin"
     )
-    parser.add_argument("--max-new-tokens", type=count, default=128, help="longest answer (128)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=count,
+        default=128,
+        metavar="N",
+        help="longest answer, in tokens (default: 128)",
+    )
     parser.add_argument(
         "--raw", action="store_true", help="continue the text itself, without the template"
     )
     add_json(parser)
-    add_options(parser, ["model", "data"])
+    add_options(parser, ["model", "data.template"])
 
 
 def run(args: argparse.Namespace) -> int:

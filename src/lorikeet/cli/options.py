@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -27,10 +27,17 @@ def add_options(parser: argparse.ArgumentParser, sections: Sequence[str]) -> Non
             *dict.fromkeys(flags),
             dest=_PREFIX + name,
             default=argparse.SUPPRESS,
-            metavar=name.split(".")[-1].upper(),
+            metavar=_placeholder(name, option),
             help=_help(option),
             **switch,
         )
+
+
+def _placeholder(name: str, option: FieldInfo) -> str:
+    """What help shows in a value's place: `{lora,full}` of a few words, else the option's name."""
+    if get_origin(option.annotation) is Literal:
+        return f"{{{','.join(get_args(option.annotation))}}}"
+    return name.split(".")[-1].upper()
 
 
 def _help(option: FieldInfo) -> str:

@@ -194,6 +194,9 @@ def test_a_head_in_the_files_of_a_model_that_says_it_is_tied(
     merge(base, read_adapter(tmp_path / "adapter"), tmp_path / "merged")
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["tie_word_embeddings"] is copy
+    train(base, tmp_path / "rows", target_modules=["embed_tokens"])
+    report = merge(base, read_adapter(tmp_path / "rows"), tmp_path / "merged")
+    assert report.untied is copy
 
 
 @needs_llama_cpp

@@ -58,13 +58,16 @@ class Fold:
         """
         config = _read_config(base)
         checkpoint = Checkpoint.open(base)
+        changes: dict[str, Any] = {}
+        if config.get("tie_word_embeddings") is not False and _heads_differ(checkpoint):
+            changes["tie_word_embeddings"] = False
+            config = _with_values(config, changes)
         if adapter is None:
             own: Planned = {name: (name, None) for name in checkpoint.files}
             plan = Plan(own, untied=False, rows=None)
         else:
             plan = make_plan(base, checkpoint, adapter, config)
-        apart = config.get("tie_word_embeddings") is not False and _heads_differ(checkpoint)
-        changes: dict[str, Any] = {"tie_word_embeddings": False} if plan.untied or apart else {}
+        changes |= {"tie_word_embeddings": False} if plan.untied else {}
         changes |= {"vocab_size": plan.rows} if plan.rows else {}
         return Fold(base, checkpoint, _with_values(config, changes), plan, changes)
 

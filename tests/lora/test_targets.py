@@ -227,6 +227,17 @@ def test_a_subclass_that_computes_something_else_is_not(cls: type[nn.Linear]) ->
     assert layer_kind(cls(4, 6).eval()) is None
 
 
+def test_a_router_can_be_left_out_of_all_linear() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.up = Routing(4, 2), nn.Linear(4, 4)
+
+    assert "--lora.exclude_modules router leaves it out" in problems(Model())
+    assert "exclude_modules" not in problems(Model(), target_modules=["router"])
+    assert names(Model(), exclude_modules=["router"]) == ["up"]
+
+
 def test_an_adapted_model_shows_its_bases(llama: Build) -> None:
     model = llama()
     config = LoraConfig(target_modules=["q_proj", "lm_head", "embed_tokens"])

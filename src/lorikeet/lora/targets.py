@@ -95,7 +95,7 @@ def match_targets(model: nn.Module, config: LoraConfig) -> Match:
     kinds = {name: layer_kind(modules[name]) for name in selected}
     broken = (
         *_out_of_bounds(config),
-        *_class_problems({n: modules[n] for n, kind in kinds.items() if kind is None}),
+        *_class_problems({n: modules[n] for n, kind in kinds.items() if kind is None}, config),
     )
     unused = (
         *_target_problems(config, selected, modules),
@@ -295,7 +295,8 @@ def _target_problems(
 
 
 def _exclude_problems(config: LoraConfig, modules: dict[str, nn.Module]) -> Iterator[str]:
-    layers = [name for name, module in modules.items() if layer_kind(module)]
+    # One of a class that cannot be adapted, too: all-linear would find it.
+    layers = [n for n, m in modules.items() if layer_kind(m) or isinstance(m, nn.Linear)]
     selector = config.exclude_modules or []
     for entry in [selector] if isinstance(selector, str) else selector:
         if not any(_matches(entry if entry is selector else [entry], name) for name in layers):
@@ -317,16 +318,19 @@ def _key_problems(field: str, pattern: Iterable[str], selected: Iterable[str]) -
             yield f"{field}: {key!r} matches none of the targets{_suggestion(key, names)}"
 
 
-def _class_problems(unsupported: dict[str, nn.Module]) -> Iterator[str]:
+def _class_problems(unsupported: dict[str, nn.Module], config: LoraConfig) -> Iterator[str]:
     """One line a class, naming its first module."""
     by_class: dict[str, list[str]] = {}
     for name, module in unsupported.items():
         by_class.setdefault(type(module).__name__, []).append(name)
     for cls, names in by_class.items():
         others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        leaves = ",".join(dict.fromkeys(map(leaf_name, names)))
+        named = isinstance(config.target_modules, list)  # what is named is not left out again
+        way_out = "" if named else f"; --lora.exclude_modules {leaves} leaves it out"
         yield (
             f"target_modules: {names[0]}{others} is of class {cls};"
-            " only Linear, Conv1D and Embedding can be adapted"
+            f" only Linear, Conv1D and Embedding can be adapted{way_out}"
         )
 
 

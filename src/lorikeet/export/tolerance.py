@@ -86,10 +86,10 @@ def of_file(kind: str, *, kl: float | None = None) -> Tolerance:
     hand, of 260 thousand parameters, whose rows of 64 weights make every K-quant fall back to a
     type with larger blocks, on 9,000 tokens that it finds hard (perplexity 130): bf16 9.6e-5, q8_0
     7.7e-4 (random weights: up to 3.1e-3), the types of five bits 3e-2 to 4e-2, q4_0 0.15. The
-    starter model with an adapter (rows of 256, perplexity 1.04) loses far less: q6_k 2.8e-5,
-    q5_k_m 7e-5, q4_k_m 3.6e-4, q3_k_m 9.7e-4, q2_k 7.7e-3; with adapters of noise, on text that it
-    has never seen, q6_k up to 4.9e-2, q5_k_s 2.6e-2, q4_k_m 6.2e-2, q3_k_m 0.26, q2_k 0.45. That a
-    fault may hide below such figures is why `held.py` compares the weights. `python -m
+    starter model with an adapter (rows of 256, perplexity 1.02) loses far less: q6_k 6.4e-5,
+    q5_k_m 8.5e-5, q4_k_m 2.3e-4, q3_k_m 4.5e-4, q2_k 4.3e-3; with adapters of noise, on text that
+    it has never seen, q6_k up to 4.9e-2, q5_k_s 2.6e-2, q4_k_m 6.2e-2, q3_k_m 0.26, q2_k 0.45. That
+    a fault may hide below such figures is why `held.py` compares the weights. `python -m
     benchmarks.export` has the figures for any model.
 
     Args:

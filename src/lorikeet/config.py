@@ -69,7 +69,7 @@ class ModelConfig(_Section):
         None,
         ge=1,
         le=1024,  # a pool of very many threads cannot be made, which ends the process
-        description="CPU threads, at most 4 a core; all cores if not given",
+        description="CPU threads, at most 32 a core; all cores if not given",
     )
     fast: Literal["auto", "off"] = Field(
         "auto",

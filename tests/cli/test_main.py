@@ -43,23 +43,6 @@ def test_help_names_the_words_that_an_option_takes(capsys: pytest.CaptureFixture
     assert "--lora.bias {none,all,lora_only}" in shown
 
 
-@pytest.mark.parametrize(
-    ("verb", "flag"),
-    [
-        ("eval", "--train.learning_rate"),
-        ("preview", "--train.epochs"),
-        ("generate", "--data.limit"),
-    ],
-)
-def test_a_verb_takes_no_flag_that_changes_nothing(
-    verb: str, flag: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([verb, "--model", "M", flag, "1"])
-    assert stop.value.code == 2
-    assert f"unknown argument {flag}" in capsys.readouterr().err
-
-
 def test_an_unknown_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["train", "--lora.rr", "8"])

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=count, default=0, help="also answer this many rows (default: 0)"
     )
     add_json(parser)
-    add_options(parser, ["model", "data", "train.seed", "train.max_tokens"])
+    add_options(parser, ["model", "data", "train"])
 
 
 def run(args: argparse.Namespace) -> int:

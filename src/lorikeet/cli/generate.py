@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--raw", action="store_true", help="continue the text itself, without the template"
     )
     add_json(parser)
-    add_options(parser, ["model", "data.template"])
+    add_options(parser, ["model", "data"])
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("--rows", type=count, default=3, help="how many rows to show (default: 3)")
     add_json(parser)
-    add_options(parser, ["model", "data", "train.seed", "lora.new_tokens"])
+    add_options(parser, ["model", "data", "train", "lora.new_tokens"])
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ import torch
 from lorikeet.errors import ConfigError
 
 _USABLE = 0.95  # of a GPU's free memory: the rest is lost to fragments
-_CROWD = 4  # threads per core at most: beyond, they wait for each other for minutes
+_CROWD = 32  # threads per core at most: beyond, they wait for each other for minutes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 

@@ -170,3 +170,11 @@ def test_a_missing_adapter(rows: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_nothing_to_answer(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--prompt" in refusal(capsys, "generate", "--model", starter.folder())
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "preview", "generate"])
+def test_a_name_that_the_system_refuses(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    data = [] if verb == "generate" else ["--data", "rows.jsonl"]
+    out = ["--out", "run"] if verb == "train" else []
+    assert main([verb, "--model", "x" * 300, *data, *out]) == 2
+    assert "the system takes no such name (File name too long)" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -93,7 +94,7 @@ def _run(name: str, argv: Sequence[str]) -> int:
     verb.add_arguments(parser)
     args = parser.parse_strictly(argv)
     from lorikeet import console
-    from lorikeet.errors import LorikeetError
+    from lorikeet.errors import ConfigError, LorikeetError
 
     try:
         return verb.run(args)
@@ -106,6 +107,12 @@ def _run(name: str, argv: Sequence[str]) -> int:
     except BrokenPipeError:  # `| head` closed the pipe
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        refused = f"the system takes no such name ({error.strerror}): {error.filename}"
+        console.fail(ConfigError(refused))
+        return ConfigError.exit_code
 
 
 def _overview(start: str = "") -> str:

@@ -174,7 +174,7 @@ def test_nothing_to_answer(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("verb", ["train", "eval", "preview", "generate"])
 def test_a_name_that_the_system_refuses(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    data = [] if verb == "generate" else ["--data", "rows.jsonl"]
+    data = ["--prompt", "Hello"] if verb == "generate" else ["--data", "rows.jsonl"]
     out = ["--out", "run"] if verb == "train" else []
     assert main([verb, "--model", "x" * 300, *data, *out]) == 2
     assert "the system takes no such name (File name too long)" in capsys.readouterr().err

@@ -416,7 +416,7 @@ def test_dora_at_its_start_is_lora() -> None:
     assert all(gradient.any() for gradient in scaled[1].values())
 
 
-def test_lengths_of_rows_are_summed_again_when_a_weight_changes() -> None:
+def test_lengths_of_rows_are_those_of_the_weight_as_it_is() -> None:
     layer = adapt(build("llama"), dora=True).model.layers[0].self_attn.q_proj
 
     def assert_right() -> None:
@@ -426,6 +426,8 @@ def test_lengths_of_rows_are_summed_again_when_a_weight_changes() -> None:
     assert_right()
     with torch.no_grad():
         layer.base.weight.mul_(2)
+    assert_right()
+    layer.base.weight.data.mul_(2)  # which leaves no trace that could be looked for
     assert_right()
     layer.base.weight = nn.Parameter(layer.base.weight / 3)
     assert_right()

@@ -64,7 +64,6 @@ class LoraLinear(nn.Module):
         self.scale = scale
         self.dropout = dropout
         self.enabled = True
-        self._lengths: tuple[object, torch.Tensor] | None = None
         self.train(base.training)
 
     @property
@@ -141,17 +140,9 @@ class LoraLinear(nn.Module):
         """
         A, B = self.factors
         cross = F.linear(self._matrix, A.to(self.weight.dtype)).to(A.dtype)
-        squares = self._squares() + 2 * self.scale * (B * cross).sum(1)
+        squares = _row_norms(self._matrix).square() + 2 * self.scale * (B * cross).sum(1)
         squares += self.scale**2 * (B @ (A @ A.t()) * B).sum(1)
         return squares.clamp_min(0).sqrt()
-
-    def _squares(self) -> torch.Tensor:
-        """‖w‖² of the rows of W, [out]: summed again only when W was written or exchanged."""
-        W = self.weight
-        now = (W.data_ptr(), W._version, W.device) if not W.is_meta else None
-        if self._lengths is None or self._lengths[0] != now or now is None:
-            self._lengths = now, _row_norms(self._matrix).square()
-        return self._lengths[1]
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator, init: Init = "kaiming") -> None:

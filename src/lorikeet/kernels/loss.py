@@ -20,7 +20,7 @@ CHUNK_BYTES = 24 << 20
 """Size of a chunk of logits: enough rows to make good use of the head's weight, and no more."""
 
 CHUNK_BYTES_GPU = 256 << 20
-"""The same where many more rows are computed at once."""
+"""The same on a GPU, which computes many more rows at once; chosen, not measured."""
 
 
 def head_nll(
